@@ -1,0 +1,346 @@
+"""GLUE's nine tasks and the embedded one: read, tokenise once, batch by length, score.
+
+    paraphrase            data/paraphrase/, shipped with the project, in MRPC's layout
+    mrpc rte sst2 …       a folder with GLUE's own train.tsv and dev.tsv, or the hub (nyu-mll/glue)
+
+GLUE's TSVs do not quote: a quotation mark is a character like any other. A BOM and CRLF occur; CoLA
+has no header; RTE, QNLI and MNLI have words for labels.
+
+    name       | shape
+    example    | dict: input_ids, token_type_ids (lists of t ints), label (int or float)
+    batch      | dict: input_ids, attention_mask (b, t), labels (b,), token_type_ids (b, t) where
+    BERT has them
+
+What this file does not do: GLUE's test sets (their labels are not public), WordPiece or BPE
+themselves (tokenizers does), augmentation.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import download
+
+EMBEDDED = Path(__file__).parent / "data" / "paraphrase"
+GROUP = 50  # batches that are sorted by length together
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task of GLUE: where its columns are and what is reported.
+
+    columns and label are names in the TSV's header (CoLA: indices, it has none); hub_columns those
+    of nyu-mll/glue, whose label column is "label". labels[i] is the TSV's word for class i; () =
+    regression. metrics[0] is the headline.
+    """
+
+    folder: str
+    columns: tuple
+    label: str | int
+    labels: tuple
+    metrics: tuple
+    hub_columns: tuple
+    dev: str = "dev.tsv"
+    hub_dev: str = "validation"
+    hub_name: str | None = None
+    skip_short_rows: bool = False  # QQP's released file has a few rows that lack columns
+
+    @property
+    def num_labels(self):
+        return len(self.labels) or 1
+
+
+PAIR = ("sentence1", "sentence2")
+BINARY = ("0", "1")
+ENTAILMENT = ("entailment", "not_entailment")
+MRPC = ("#1 String", "#2 String")
+TASKS = {
+    "paraphrase": Task("paraphrase", MRPC, "Quality", BINARY, ("accuracy", "f1"), ()),
+    "mrpc": Task("MRPC", MRPC, "Quality", BINARY, ("accuracy", "f1"), PAIR),
+    "rte": Task("RTE", PAIR, "label", ENTAILMENT, ("accuracy",), PAIR),
+    "sst2": Task("SST-2", ("sentence",), "label", BINARY, ("accuracy",), ("sentence",)),
+    "cola": Task("CoLA", (3,), 1, BINARY, ("matthews",), ("sentence",)),
+    "stsb": Task("STS-B", PAIR, "score", (), ("pearson", "spearman"), PAIR),
+    "qqp": Task(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        BINARY,
+        ("accuracy", "f1"),
+        ("question1", "question2"),
+        skip_short_rows=True,
+    ),
+    "mnli": Task(
+        "MNLI",
+        PAIR,
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("premise", "hypothesis"),
+        dev="dev_matched.tsv",
+        hub_dev="validation_matched",
+    ),
+    "qnli": Task(
+        "QNLI",
+        ("question", "sentence"),
+        "label",
+        ENTAILMENT,
+        ("accuracy",),
+        ("question", "sentence"),
+    ),
+    "wnli": Task("WNLI", PAIR, "label", BINARY, ("accuracy",), PAIR),
+}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def load_task(name, data_dir=None):
+    """Texts and labels of a task.
+
+    Args:
+        name: a key of TASKS.
+        data_dir: folder with train.tsv and dev.tsv, or with GLUE's folder of the task (MRPC/, RTE/,
+        …);
+            None = shipped (paraphrase), else the cache, else the hub.
+
+    Returns:
+        (train, dev): lists of (texts, label); texts is a tuple of one or two strings, label an int
+        (float for regression).
+
+    Raises:
+        ValueError: unknown task; a file, a line or a label that is wrong, with file and line
+        number.
+        OSError: no such folder or file; hub out of reach.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}, allowed: {', '.join(TASKS)}")
+    task = TASKS[name]
+    if data_dir is None:
+        if name != "paraphrase":
+            return load_from_hub(name)
+        data_dir = EMBEDDED
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data folder at {data_dir}: give one that holds train.tsv and {task.dev}"
+        )
+    if not (folder / "train.tsv").is_file() and (folder / task.folder).is_dir():
+        folder /= task.folder
+    return read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
+
+
+def read_tsv(path, task):
+    """One GLUE TSV: list of (texts, label). Errors as in load_task."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: the data folder needs train.tsv and {task.dev}"
+        )
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} ({error.reason})") from error
+    rows = [line.removesuffix("\r").split("\t") for line in lines]
+    wanted, first = (*task.columns, task.label), 1
+    if isinstance(task.label, str):  # a header, of which CoLA has none
+        absent = [c for c in wanted if c not in rows[0]]
+        if absent:
+            raise ValueError(
+                f"{path}:1: no column {absent[0]!r} in the header; it has: "
+                f"{', '.join(rows[0])[:200]}"
+            )
+        wanted, first = tuple(rows[0].index(c) for c in wanted), 2
+    *columns, label = wanted
+    examples = []
+    for number, row in enumerate(rows[first - 1 :], first):
+        if row == [""]:
+            continue
+        if len(row) <= max(wanted):
+            if task.skip_short_rows:
+                continue
+            raise ValueError(
+                f"{path}:{number}: {len(row)} columns, expected at least {max(wanted) + 1}: a "
+                "broken line"
+            )
+        examples.append(
+            (tuple(row[c] for c in columns), read_label(row[label], task, f"{path}:{number}"))
+        )
+    if not examples:
+        raise ValueError(f"{path} has no examples")
+    return examples
+
+
+def read_label(text, task, where):
+    if task.labels:
+        if text not in task.labels:
+            raise ValueError(f"{where}: label {text!r}, allowed: {', '.join(task.labels)}")
+        return task.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: label {text!r}, expected a number")
+    return score
+
+
+def load_from_hub(name):
+    """A GLUE task from nyu-mll/glue, kept in the cache: a second call asks nobody."""
+    task = TASKS[name]
+    path = download.cache_folder("glue", f"{name}.json")
+    if not path.is_file():
+        if not download.hub_reachable():
+            raise ConnectionError(
+                f"task {name} is not in the cache and the Hugging Face hub does not answer: get "
+                "GLUE's "
+                f"{task.folder} folder (train.tsv, {task.dev}) and give it with --data-dir DIR"
+            )
+        import datasets
+
+        splits = datasets.load_dataset("nyu-mll/glue", name)
+        rows = [
+            [[[row[c] for c in task.hub_columns], row["label"]] for row in splits[split]]
+            for split in ("train", task.hub_dev)
+        ]
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(rows, file)
+        os.replace(file.name, path)
+    train, dev = json.loads(path.read_text())
+    return tuple([(tuple(texts), label) for texts, label in split] for split in (train, dev))
+
+
+# --------------------------------------------------------------------------------------- tokenising
+
+
+def encode(examples, tokenizer, max_length):
+    """Token ids of every example, longest text shortened first where a pair does not fit.
+
+    Args:
+        examples: list of (texts, label).
+        tokenizer: tokenizers.Tokenizer; left as it was.
+        max_length: int, tokens including the special ones.
+
+    Returns:
+        (list of dicts with input_ids, token_type_ids, label; int, how many were truncated).
+    """
+    texts = [texts if len(texts) == 2 else texts[0] for texts, _ in examples]
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    try:
+        encodings = tokenizer.encode_batch(texts)
+    finally:
+        tokenizer.no_truncation()
+    encoded = [
+        {"input_ids": e.ids, "token_type_ids": e.type_ids, "label": label}
+        for e, (_, label) in zip(encodings, examples, strict=True)
+    ]
+    return encoded, sum(bool(e.overflowing) for e in encodings)
+
+
+# ----------------------------------------------------------------------------------------- batching
+
+
+def collate(examples, pad_token_id, token_types, device="cpu"):
+    """Encoded examples -> one batch, padded on the right to its longest.
+
+    Args:
+        examples: list of dicts as encode gives them.
+        pad_token_id: int.
+        token_types: bool, whether the model tells the two texts apart (BERT).
+        device: where the batch goes.
+
+    Returns:
+        dict of tensors: input_ids, attention_mask (b, t); labels (b,); token_type_ids (b, t) or
+        absent.
+    """
+    b, t = len(examples), max(len(e["input_ids"]) for e in examples)
+    input_ids = torch.full((b, t), pad_token_id)
+    attention_mask, types = torch.zeros(b, t, dtype=torch.long), torch.zeros(b, t, dtype=torch.long)
+    for i, example in enumerate(examples):
+        n = len(example["input_ids"])
+        input_ids[i, :n] = torch.tensor(example["input_ids"])
+        types[i, :n] = torch.tensor(example["token_type_ids"])
+        attention_mask[i, :n] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if token_types:
+        batch["token_type_ids"] = types
+    batch["labels"] = torch.tensor([e["label"] for e in examples])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def in_order(examples, batch_size):
+    """Indices of examples cut into batches, in the order given: evaluation and scoring."""
+    return [
+        list(range(i, min(i + batch_size, len(examples))))
+        for i in range(0, len(examples), batch_size)
+    ]
+
+
+def grouped_by_length(examples, batch_size, generator):
+    """One epoch: every index once, in shuffled batches of examples of similar length.
+
+    Shuffle; sort each run of GROUP batches by length; cut into batches; shuffle the batches. Every
+    epoch has other batches, and little of a batch is padding.
+
+    Args:
+        examples: list of encoded examples.
+        batch_size: int.
+        generator: torch.Generator, consumed.
+
+    Returns:
+        list of lists of indices; only one of them may be shorter than batch_size.
+    """
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), GROUP * batch_size):
+        group = sorted(
+            order[start : start + GROUP * batch_size], key=lambda i: len(examples[i]["input_ids"])
+        )
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def correlation(x, y):
+    """Pearson's r of two float64 arrays, (n,) each; 0 where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def ranks(x):
+    """Ranks from 1, ties sharing their mean: (n,) -> (n,)."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # rank of the last member of each tie
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def metrics(task, predictions, labels):
+    """GLUE's metrics of a task.
+
+    accuracy; f1 of class 1, 0 if there is nothing to find and nothing found; matthews, which is
+    Pearson's r of two 0/1 vectors; pearson; spearman, which is Pearson's r of the ranks.
+
+    Args:
+        task: Task. predictions: (n,) class ids, or scores for regression. labels: (n,).
+
+    Returns:
+        dict metric -> float, the headline metric first.
+    """
+    p, y = np.asarray(predictions, dtype=np.float64), np.asarray(labels, dtype=np.float64)  # (n,)
+    hits, named = np.sum((p == 1) & (y == 1)), np.sum(p == 1) + np.sum(y == 1)
+    compute = {
+        "accuracy": lambda: float(np.mean(p == y)),
+        "f1": lambda: float(2 * hits / named) if named else 0.0,  # 2 TP / (2 TP + FP + FN)
+        "matthews": lambda: correlation(p, y),
+        "pearson": lambda: correlation(p, y),
+        "spearman": lambda: correlation(ranks(p), ranks(y)),
+    }
+    return {name: compute[name]() for name in task.metrics}

@@ -1,0 +1,394 @@
+"""One Transformer for BERT/MiniLM, RoBERTa, OPT and GPT-2, with Hugging Face weights.
+
+The four families differ in few places, all of them visible in `Config` and `Block`: where the
+LayerNorm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: other OPT sizes, GPT-2),
+who may attend to whom, and what the head reads. `Block` shows the ten places that HeteroLoRA (arXiv
+2406.14956, Figure 1) can adapt: six linear layers and four shortcuts.
+
+    name            | symbol  | shape
+    x               | x       | (b, t, d)  the residual stream: b examples, t tokens, d =
+    hidden_size
+    q, k, v         | Q, K, V | (b, h, t, d / h)  h = num_heads
+    q_proj … fc2    | W       | (out, in)  as nn.Linear stores it; GPT-2's Conv1D is transposed on
+    loading
+    read            |         | (b,)  the one position per example that the classification head
+    reads
+
+What this file does not do: low-rank adapters (lora.py puts them in place of the ten modules),
+reading files (checkpoint.py), downloading (download.py), generation, key/value caches, padding on
+the left.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import download
+import seeds
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the model is, in one vocabulary for the four families.
+
+    max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
+    rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
+    """
+
+    family: str  # bert | roberta | opt | gpt2
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    max_positions: int
+    embed_dim: int
+    pad_token_id: int
+    layer_norm_eps: float
+    activation: str
+    pre_ln: bool  # LayerNorm before each sub-layer, else after it
+    final_norm: bool  # one more LayerNorm after the last block
+    position_offset: int = 0
+    type_vocab_size: int = 0
+    num_labels: int = 2  # 1 = regression
+    head: str = "classification"  # classification | lm
+    dropout: float = 0.0
+    shortcut_norm: str = "none"  # none | reuse: LayerNorm once more after a cross-layer shortcut
+
+    @property
+    def causal(self):
+        return self.family in ("opt", "gpt2")
+
+    @classmethod
+    def from_hf(cls, hf, **overrides):
+        """The content of a Hugging Face config.json as a Config.
+
+        Args:
+            hf: dict, config.json.
+            overrides: fields of Config that the file does not decide (num_labels, head, dropout,
+            …).
+
+        Raises:
+            ValueError: a family or feature that is not implemented, or a size that is missing.
+        """
+        return cls(**{**checkpoint.config_fields(hf, tuple(ACTIVATIONS)), **overrides})
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                "config.json contradicts itself"
+            )
+        if self.head not in ("classification", "lm"):
+            raise ValueError(f"head is {self.head!r}, allowed: 'classification', 'lm'")
+        if self.head == "lm" and not self.causal:
+            raise ValueError(f"head 'lm' needs a causal family (opt, gpt2), got {self.family}")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}, allowed: 1 (regression) or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, allowed: 0 <= dropout < 1")
+        if self.shortcut_norm not in ("none", "reuse"):
+            raise ValueError(f"shortcut_norm is {self.shortcut_norm!r}, allowed: 'none', 'reuse'")
+
+
+class Output(NamedTuple):
+    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, None without
+    labels."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+
+
+# -------------------------------------------------------------------------------------------- block
+
+
+def pick(x, read):
+    """The read positions only: (b, t, d), (b,) -> (b, 1, d)."""
+    return x[torch.arange(len(x), device=x.device), read][:, None]  # (b, 1, d)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, each with a residual connection.
+
+    The search space of HeteroLoRA, all ten places: lora.inject puts a LoRALayer in any of them.
+    Where nothing was injected, a residual is the identity and a cross-layer shortcut is absent.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.config = config
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj = nn.Linear(d, d)
+        self.v_proj = nn.Linear(d, d)
+        self.out_proj = nn.Linear(d, d)
+        self.fc1 = nn.Linear(d, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, d)
+        self.residual_1 = nn.Identity()  # x around self-attention
+        self.residual_2 = nn.Identity()  # x around the feed-forward
+        self.shortcut_sa = None  # this block's attention input -> the next block's attention input
+        self.shortcut_ffn = None  # the previous block's FFN input -> this block's FFN input
+        self.attn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.ffn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+
+    def forward(self, x, previous_ffn_input, key_mask, read=None):
+        """One layer.
+
+        Args:
+            x: (b, t, d), the residual stream.
+            previous_ffn_input: (b, t, d) from the block before, None in the first.
+            key_mask: (b, 1, 1, t) bool, True where a key may be attended to; None = everywhere.
+            read: (b,) positions whose output somebody reads; None = all. Only these are computed:
+                keys and values come from all t positions, the rest of the layer from one.
+
+        Returns:
+            the residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
+        """
+        pre_ln = self.config.pre_ln
+        h = self.attn_norm(x) if pre_ln else x
+        queries = h
+        if read is not None:
+            x, queries = pick(x, read), pick(h, read)
+            if previous_ffn_input is not None:
+                previous_ffn_input = pick(previous_ffn_input, read)
+        sa_input = x
+        h = self.attention(queries, h, key_mask, causal=self.config.causal and read is None)
+        x = self.residual_1(sa_input) + self.drop(h)
+        x = x if pre_ln else self.attn_norm(x)
+        x = self.add_shortcut(x, self.shortcut_ffn, previous_ffn_input, self.attn_norm)
+
+        ffn_input = x
+        h = self.ffn_norm(x) if pre_ln else x
+        h = self.fc1(h)  # (b, t, ffn_dim)
+        h = self.fc2(ACTIVATIONS[self.config.activation](h))
+        x = self.residual_2(ffn_input) + self.drop(h)
+        x = x if pre_ln else self.ffn_norm(x)
+        x = self.add_shortcut(x, self.shortcut_sa, sa_input, self.ffn_norm)
+        return x, ffn_input
+
+    def attention(self, queries, x, key_mask, causal):
+        """softmax(Q K^T / sqrt(d / h)) V, projected; (b, t, d) -> (b, queries, d)."""
+        q = self.split_heads(self.q_proj(queries))  # (b, h, 1 or t, d / h)
+        k = self.split_heads(self.k_proj(x))  # (b, h, t, d / h)
+        v = self.split_heads(self.v_proj(x))  # (b, h, t, d / h)
+        h = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if causal else key_mask,  # padding is on the right: causal hides it
+            is_causal=causal,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (b, 1 or t, d)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (b, h, t, d / h)
+
+    def add_shortcut(self, x, shortcut, source, norm):
+        """x + shortcut(source); with shortcut_norm "reuse", LayerNorm once more, also when it is
+        off."""
+        if shortcut is None:
+            return x
+        if shortcut.enabled:
+            x = x + shortcut(source)
+        return norm(x) if self.config.shortcut_norm == "reuse" else x
+
+    def drop(self, x):
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+# -------------------------------------------------------------------------------------- transformer
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, head.
+
+    `head` names the parts that are new for the task and are trained beside the adapters;
+    load_pretrained leaves a pooler that came with the checkpoint out of it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.config = c
+        self.word_embeddings = nn.Embedding(c.vocab_size, c.embed_dim)
+        self.position_embeddings = nn.Embedding(c.max_positions + c.position_offset, c.hidden_size)
+        if c.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        if not c.causal:
+            self.embed_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        if c.embed_dim != c.hidden_size:
+            self.project_in = nn.Linear(c.embed_dim, c.hidden_size, bias=False)
+            self.project_out = nn.Linear(c.hidden_size, c.embed_dim, bias=False)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        if c.final_norm:
+            self.final_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        if c.head == "lm":
+            self.head = ()
+        elif c.causal:
+            self.score = nn.Linear(c.embed_dim, c.num_labels, bias=False)
+            self.head = ("score",)
+        else:
+            self.pooler = nn.Linear(c.hidden_size, c.hidden_size)
+            self.classifier = nn.Linear(c.hidden_size, c.num_labels)
+            self.head = ("pooler", "classifier")
+
+    def forward(
+        self, input_ids, attention_mask, token_type_ids=None, labels=None, inputs_embeds=None
+    ):
+        """Logits, and the mean loss if there are labels.
+
+        Args:
+            input_ids: (b, t) int64; may be None where inputs_embeds is given.
+            attention_mask: (b, t), 1 = token, 0 = padding, which must be on the right.
+            token_type_ids: (b, t) int64, BERT alone; None = all 0.
+            labels: (b,) class ids; (b,) floats with num_labels 1; (b, t) token ids with head "lm",
+            -100
+                where no loss is wanted (the shift by one happens here).
+            inputs_embeds: (b, t, embed_dim), in place of the word embeddings.
+
+        Returns:
+            Output(logits, loss).
+
+        Raises:
+            ValueError: a sequence longer than the position table, or padding that is not on the
+            right.
+        """
+        mask = attention_mask.bool()  # (b, t)
+        if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(
+                "attention_mask must be ones, then zeros: this model pads on the right"
+            )
+        if self.config.head == "lm":
+            read = None
+        elif self.config.causal:
+            read = mask.sum(1) - 1  # (b,) the last real token
+        else:
+            read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        x = self.embed(input_ids, token_type_ids, inputs_embeds)
+        h = self.encode(x, mask, read)
+        logits = self.predict(h)
+        return Output(logits, None if labels is None else self.loss(logits, labels))
+
+    def embed(self, input_ids, token_type_ids=None, inputs_embeds=None):
+        """(b, t) -> (b, t, d), the input of the first block."""
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        b, t = x.shape[:2]
+        if t > self.config.max_positions:
+            raise ValueError(
+                f"a sequence has {t} tokens, the model has positions for "
+                f"{self.config.max_positions}: "
+                "truncate it (--max-length)"
+            )
+        if hasattr(self, "project_in"):
+            x = self.project_in(x)  # (b, t, d)
+        positions = torch.arange(t, device=x.device) + self.config.position_offset  # (t,)
+        x = x + self.position_embeddings(positions)
+        if self.config.type_vocab_size:
+            types = positions.new_zeros(b, t) if token_type_ids is None else token_type_ids
+            x = x + self.token_type_embeddings(types)
+        if not self.config.causal:
+            x = self.embed_norm(x)
+        return (
+            x if self.config.family == "opt" else F.dropout(x, self.config.dropout, self.training)
+        )
+
+    def encode(self, x, mask, read=None):
+        """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
+
+        The last block is computed only where the head reads it; every other block everywhere, since
+        all tokens are its successor's keys and values.
+        """
+        key_mask = None if mask.all() else mask[:, None, None, :]  # (b, 1, 1, t)
+        ffn_input = None
+        for block in self.layers:
+            last = block is self.layers[-1]
+            x, ffn_input = block(x, ffn_input, key_mask, read if last else None)
+        if self.config.final_norm:
+            x = self.final_norm(x)
+        return self.project_out(x) if hasattr(self, "project_out") else x
+
+    def predict(self, h):
+        """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
+        if self.config.head == "lm":
+            return F.linear(h, self.word_embeddings.weight)  # tied, (b, t, vocab)
+        h = h[:, 0]  # (b, embed_dim)
+        if self.config.causal:
+            return self.score(h)  # (b, num_labels)
+        p, training = self.config.dropout, self.training
+        if self.config.family == "roberta":
+            h = F.dropout(h, p, training)
+        h = torch.tanh(self.pooler(h))  # (b, d)
+        return self.classifier(F.dropout(h, p, training))  # (b, num_labels)
+
+    def loss(self, logits, labels):
+        """Cross-entropy, mean over examples (over tokens for "lm"); squared error for one label."""
+        if self.config.head == "lm":
+            logits, labels = (
+                logits[:, :-1].flatten(0, 1),
+                labels[:, 1:].flatten(),
+            )  # (b * (t - 1), …)
+        elif self.config.num_labels == 1:
+            return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed=0, **overrides):
+    """A pretrained model and its tokenizer.
+
+    Args:
+        name: "minilm", a folder in Hugging Face layout, or a hub id such as "roberta-base".
+        num_labels: int, 1 = regression.
+        head: "classification", or "lm" (OPT, GPT-2).
+        dropout: float, replaces whatever the checkpoint was pretrained with.
+        seed: int, for the parts of the head that the checkpoint lacks: weights N(0, 0.02), biases
+        0.
+        overrides: other fields of Config, for example shortcut_norm="reuse".
+
+    Returns:
+        (Transformer in float32 and train mode, tokenizers.Tokenizer that encodes pairs as the
+        family does). model.fresh names the modules that were drawn; model.head those that are
+        trained for the task: the classifier always, a pooler only if it is fresh.
+
+    Raises:
+        ValueError: a config, tensor or tokenizer that does not fit, all of them listed.
+        OSError: nothing to load, or it cannot be downloaded.
+    """
+    folder = download.model_folder(name)
+    hf = checkpoint.read_config(folder)
+    config = Config.from_hf(hf, num_labels=num_labels, head=head, dropout=dropout, **overrides)
+    tokenizer = checkpoint.load_tokenizer(folder, config.family, config.vocab_size)
+    with torch.device("meta"):
+        model = Transformer(
+            config
+        )  # every parameter is replaced below: none needs an initial value
+    tensors = checkpoint.read_tensors(folder)
+    state, fresh = checkpoint.convert(tensors, config, model.state_dict(), model.head)
+    rng = seeds.generator(seed, "head")
+    for module in fresh:
+        linear = model.get_submodule(module)
+        state[f"{module}.weight"] = torch.empty(linear.weight.shape).normal_(0, 0.02, generator=rng)
+        if linear.bias is not None:
+            state[f"{module}.bias"] = torch.zeros(linear.bias.shape)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.fresh = fresh
+    model.head = tuple(
+        m for m in model.head if m != "pooler" or m in fresh or config.family != "bert"
+    )
+    return model, tokenizer

@@ -1,0 +1,136 @@
+"""The run folder: what a run leaves behind, written so that nothing is ever half there.
+
+    config.json           all flags, versions, git commit
+    metrics.jsonl         one JSON object a line; "event" = train | eval | score | done
+    checkpoint.pt         everything a resumed run needs to end with the same bits
+    adapter.safetensors   lora_A, lora_B of every module and the head, float tensors under our names
+
+Files are written beside their final name, flushed to the disk, and renamed.
+
+What this file does not do: decide what is stored (train.py), export to other formats (tools/).
+"""
+
+import io
+import json
+import os
+import pickle
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy
+import safetensors.torch
+import tokenizers
+import torch
+
+
+def write_atomic(path, content):
+    """bytes -> path: the old file or the whole new one, whatever happens in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def versions():
+    """What the numbers of a run depend on, beside its flags."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    modules = (torch, numpy, safetensors, tokenizers)
+    return {
+        "python": platform.python_version(),
+        **{m.__name__: m.__version__ for m in modules},
+        "threads": torch.get_num_threads(),
+        "git": git.stdout.strip() or None,
+    }
+
+
+def create(folder):
+    """Make a new run folder.
+
+    Raises:
+        FileExistsError: it holds something already: a run is never overwritten.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(
+            f"the run folder {folder} is not empty: give another --out, or go on with --resume "
+            f"{folder}"
+        )
+    return folder
+
+
+def read_config(folder):
+    """The flags of a run. Raises FileNotFoundError or ValueError where there are none to read."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
+    try:
+        return json.loads(path.read_text())["flags"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the config.json of a run: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def log(folder, event, **values):
+    """Append one line to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def read_log(folder):
+    """All lines of metrics.jsonl, as dicts; a last line that a crash cut short is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def truncate_log(folder, lines):
+    """Keep the first `lines` lines: what a resumed run is about to do again is not reported
+    twice."""
+    kept = read_log(folder)[:lines]
+    write_atomic(
+        folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode()
+    )
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder, state):
+    """A dict of tensors, numbers and containers of them -> checkpoint.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder):
+    """The dict that save_checkpoint stored; code in the file is never executed.
+
+    Raises:
+        FileNotFoundError: none yet. ValueError: not readable.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint.pt: the run stopped before its first one"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def save_adapter(folder, tensors):
+    """dict our name -> tensor -> adapter.safetensors, names sorted."""
+    content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    write_atomic(folder / "adapter.safetensors", safetensors.torch.save(content, {"format": "pt"}))
