@@ -105,6 +105,21 @@ class LoRALayer(nn.Module):
         """scaling * B A, (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
 
+    def keep_ranks(self, kept):
+        """Shrink to some of the rank-one parts; scaling stays: what is kept computes what it did.
+
+        A and B become new, smaller parameters: build the optimizer afterwards.
+
+        Args:
+            kept: list of indices into 0 … r - 1, not empty.
+        """
+        if not kept:
+            raise ValueError("kept is empty: to drop every rank, set enabled = False")
+        self.lora_A = nn.Parameter(self.lora_A.detach()[kept].clone())  # (r, in)
+        self.lora_B = nn.Parameter(self.lora_B.detach()[:, kept].clone())  # (out, r)
+        self.r = len(kept)
+        self.lora_alpha = self.scaling * self.r
+
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
 

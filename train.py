@@ -1,7 +1,7 @@
-"""Train LoRA on a pretrained transformer: python train.py --task mrpc
+"""Train HeteroLoRA (arXiv 2406.14956), or LoRA, on a pretrained transformer: python train.py
 
-Reads in the order of time: flags, set-up, the loop, evaluation, the result. A run folder (runs.py)
-holds all that is needed to go on after an interruption, to the same bits.
+Reads in the order of time: set-up, allocation, the loop, evaluation, the result. A run folder
+(runs.py) holds all that is needed to go on after an interruption, to the same bits.
 
     step       one optimizer step, over --accumulate batches of --batch-size examples
     loss       mean over the examples of a step, whatever batches they came in
@@ -10,143 +10,27 @@ What this file does not do: train on several machines, mixed precision, compile,
 hyper-parameters.
 """
 
-import argparse
 import dataclasses
-import difflib
-import math
 import signal
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import allocate
 import data
+import flags
 import lora
+import proxies
 import runs
 import seeds
 from model import load_pretrained
 
 EVAL_BATCH_SIZE = 64
-
-# -------------------------------------------------------------------------------------------- flags
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a ValueError like any other bad input: one line, no usage."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def number(kind, low, high=math.inf, open_high=False):
-    """An argparse type: a finite int or float from low to high."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-            wrong = (
-                not math.isfinite(value)
-                or not low <= value <= high
-                or (open_high and value == high)
-            )
-        except ValueError:
-            wrong = True
-        if wrong:
-            what = "an integer" if kind is int else "a number"
-            upper = f" {'below' if open_high else 'to'} {high}" if high < math.inf else " up"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low}{upper}")
-        return value
-
-    return parse
-
-
-def one_of(*allowed):
-    """An argparse type: one of a few names; a near miss is told the nearest."""
-
-    def parse(text):
-        if text not in allowed:
-            near = difflib.get_close_matches(text, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(allowed)}{hint}")
-        return text
-
-    return parse
-
-
-def names(*allowed):
-    """An argparse type: a comma-separated list of names, or "none" -> a list without repeats."""
-
-    def parse(text):
-        return [] if text == "none" else list(dict.fromkeys(map(one_of(*allowed), text.split(","))))
-
-    return parse
-
-
-FLAGS = {  # name: (type, default, help)
-    "task": (one_of(*data.TASKS), "paraphrase", f"one of {', '.join(data.TASKS)}"),
-    "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
-    "model": (str, "minilm", "minilm, a folder in Hugging Face layout, or a hub id"),
-    "targets": (
-        names(*lora.LINEARS),
-        ["q_proj", "v_proj"],
-        f"layers that get LoRA, out of {','.join(lora.LINEARS)}; none = train the head alone",
-    ),
-    "r": (number(int, 1), 8, "rank"),
-    "lora-alpha": (number(float, 0), 16.0, "scaling = lora_alpha / r"),
-    "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
-    "epochs": (number(int, 1), 12, "passes over the training data"),
-    "batch-size": (number(int, 1), 16, "examples in one forward pass"),
-    "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
-    "lr": (number(float, 0), 1e-3, "learning rate of AdamW"),
-    "weight-decay": (number(float, 0), 0.01, "decoupled weight decay of AdamW"),
-    "schedule": (one_of("constant", "linear"), "constant", "learning rate after the warm-up"),
-    "warmup": (number(int, 0), 0, "steps over which the learning rate rises from 0"),
-    "clip": (number(float, 0), 0.0, "largest gradient norm; 0 = no clipping"),
-    "dropout": (number(float, 0, 1, True), 0.0, "dropout of the backbone"),
-    "max-length": (
-        number(int, 8),
-        None,
-        "tokens of a pair, longer ones are truncated (default: 128, or what the model has)",
-    ),
-    "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
-    "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
-    "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
-    "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
-}
-RESUMABLE = ("resume", "eval_only", "device", "data_dir")  # flags that may stand beside --resume
-
-
-def parse_flags(argv):
-    """Command line -> namespace; with --resume the flags come from that run."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    for name, (kind, default, text) in FLAGS.items():
-        shown = ",".join(default) if isinstance(default, list) else default
-        help_text = f"{text} (default: {shown})" if default is not None else text
-        parser.add_argument(
-            f"--{name}", type=kind, default=argparse.SUPPRESS, help=help_text, metavar="X"
-        )
-    parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
-    parser.add_argument("--eval-only", action="store_true", help="with --resume: evaluate and stop")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
-    )
-    given = vars(parser.parse_args(argv))
-    defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
-    if given["resume"] is None:
-        if given["eval_only"]:
-            raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
-        return types.SimpleNamespace(**{**defaults, **given})
-    for name in given:
-        if name not in RESUMABLE and given[name]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} cannot be changed by --resume: the run's own flags "
-                "are used"
-            )
-    stored = runs.read_config(given["resume"])
-    return types.SimpleNamespace(**{**defaults, **stored, **given})
 
 
 def pick_device(name):
@@ -176,6 +60,7 @@ class Run:
     dev: list
     device: torch.device
     notes: list  # lines for the person who started the run
+    plan: allocate.Reallocator | None = None
     folder: Path | None = None
     epoch: int = 0  # finished ones
     batch: int = 0  # steps done in this epoch
@@ -183,6 +68,7 @@ class Run:
     best: dict | None = None  # metrics of the best epoch
     last: dict | None = None
     seconds: float = 0.0
+    score_seconds: float = 0.0  # of these, spent on scoring
     stop: bool = False  # Ctrl-C was pressed
 
 
@@ -204,7 +90,11 @@ def set_up(args):
     task = data.TASKS[args.task]
     train_texts, dev_texts = data.load_task(args.task, args.data_dir)
     model, tokenizer = load_pretrained(
-        args.model, num_labels=task.num_labels, dropout=args.dropout, seed=args.seed
+        args.model,
+        num_labels=task.num_labels,
+        dropout=args.dropout,
+        seed=args.seed,
+        shortcut_norm=args.shortcut_norm,
     )
     limit = model.config.max_positions
     max_length = args.max_length or min(128, limit)
@@ -216,22 +106,55 @@ def set_up(args):
         notes.append(f"{cut + dev_cut} examples are longer than {max_length} tokens: truncated")
     if model.fresh:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
-    if args.targets:
+    adapt(model, args)
+    model.to(device)
+    torch.manual_seed(args.seed)  # for dropout; everything else has a generator of its own
+    optimizer = make_optimizer(model, args)
+    plan = make_plan(model, args)
+    return Run(args, task, model, optimizer, train_set, dev_set, device, notes, plan)
+
+
+def adapt(model, args):
+    """Inject what the flags name, and freeze the rest."""
+    shortcuts = lora.SHORTCUTS[args.shortcuts]
+    if args.targets or shortcuts:
         lora.inject(
             model,
             args.targets,
             r=args.r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
+            shortcuts=shortcuts,
+            shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
         )
     lora.mark_trainable(model)
-    model.to(device)
-    optimizer = torch.optim.AdamW(
-        trainable(model).values(), lr=args.lr, weight_decay=args.weight_decay
+
+
+def make_optimizer(model, args):
+    return torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=args.weight_decay)
+
+
+def make_plan(model, args):
+    """The schedule of allocations, or None; refuses a budget that no allocation can meet."""
+    if args.allocate == "none":
+        return None
+    layers = lora.adapters(model)
+    costs = {name: a.r * (a.in_features + a.out_features) for name, a in layers.items()}
+    if args.budget_params is not None:
+        smallest = costs if args.per_rank == "no" else {n: c // args.r for n, c in costs.items()}
+        allocate.check_budget(args.budget_params, smallest)
+    else:
+        allocate.keep_top(costs, args.keep)
+    return allocate.Reallocator(
+        costs,
+        args.allocate,
+        args.keep,
+        args.budget_params,
+        args.every,
+        args.rank == "together",
+        seeds.generator(args.seed, "allocation"),
     )
-    torch.manual_seed(args.seed)  # for dropout; everything else has a generator of its own
-    return Run(args, task, model, optimizer, train_set, dev_set, device, notes)
 
 
 def checkpoint_state(run):
@@ -240,7 +163,14 @@ def checkpoint_state(run):
         "parameters": {name: p.detach() for name, p in trainable(run.model).items()},
         "optimizer": run.optimizer.state_dict(),
         "position": {"epoch": run.epoch, "batch": run.batch, "step": run.step},
-        "metrics": {"best": run.best, "last": run.last, "seconds": run.seconds},
+        "metrics": {
+            "best": run.best,
+            "last": run.last,
+            "seconds": run.seconds,
+            "score_seconds": run.score_seconds,
+        },
+        "on": {name: layer.enabled for name, layer in lora.adapters(run.model).items()},
+        "plan": run.plan.state() if run.plan else None,
         "log_lines": len(runs.read_log(run.folder)),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
@@ -254,12 +184,20 @@ def save(run):
 def restore(run):
     """Put a checkpoint back into a Run that set_up made from the same flags."""
     state = runs.load_checkpoint(run.folder)
+    for name, layer in lora.adapters(run.model).items():
+        stored = state["parameters"].get(f"{name}.lora_A", layer.lora_A)
+        if len(stored) < layer.r:  # a static allocation of ranks
+            layer.keep_ranks(list(range(len(stored))))
+        layer.enabled = state["on"].get(name, True)
+    run.optimizer = make_optimizer(run.model, run.args)
     parameters = trainable(run.model)
     if set(parameters) != set(state["parameters"]):
         raise ValueError(f"{run.folder}/checkpoint.pt belongs to other flags than its config.json")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
+    if run.plan:
+        run.plan.load(state["plan"])
     run.optimizer.load_state_dict(state["optimizer"])
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
@@ -267,6 +205,80 @@ def restore(run):
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], run.device)
     return state["log_lines"]
+
+
+# --------------------------------------------------------------------------------------- allocation
+
+
+def allocate_now(run, say):
+    """Score, choose, switch; say is called with lines for the person at the terminal.
+
+    Before a step, never inside one: no half-accumulated gradient exists that scoring could meet.
+    """
+    args, plan, started = run.args, run.plan, time.monotonic()
+    layers = lora.adapters(run.model)
+    rank_costs = {name: cost // layers[name].r for name, cost in plan.costs.items()}
+    if args.proxy == "uniform":
+        kept = allocate.uniform_ranks(rank_costs, args.r, args.budget_params)
+        switch_ranks(run, kept, dict.fromkeys(kept, 1.0))
+    elif args.per_rank == "yes":
+        scores = proxies.score_ranks(args.proxy, run.model, score_batches(run))
+        kept = allocate.ranks_within_budget(scores, rank_costs, args.budget_params, plan.generator)
+        switch_ranks(run, kept, scores)
+    else:
+        if args.proxy in allocate.BASELINES:
+            scores = allocate.baseline_scores(args.proxy, plan.costs, plan.generator)
+        else:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                scores = proxies.score(args.proxy, run.model, score_batches(run))
+            for warning in caught:
+                say(f"note: {warning.message}")
+        on = plan.decide(scores, run.step, run.epoch)
+        for name, layer in layers.items():
+            layer.enabled = name in on
+    seconds = time.monotonic() - started
+    run.score_seconds += seconds
+    levels = levels_of(run)
+    say(f"step {run.step}: {args.proxy} chose")
+    say(allocate.grid(levels, plan.costs, args.budget_params))
+    if run.folder:
+        adapters, _ = counts(run)
+        on = sum(level > 0 for level in levels.values())
+        runs.log(run.folder, "score", step=run.step, on=on, parameters=adapters, seconds=seconds)
+        write_history(run)
+
+
+def switch_ranks(run, kept, scores):
+    """Shrink every module to its ranks; new parameters, so a new optimizer (before the first
+    step)."""
+    for name, layer in lora.adapters(run.model).items():
+        layer.enabled = bool(kept[name])
+        if kept[name] and len(kept[name]) < layer.r:
+            layer.keep_ranks(kept[name])
+    run.optimizer = make_optimizer(run.model, run.args)
+    run.plan.record(run.step, run.epoch, scores, kept)
+
+
+def score_batches(run):
+    """The first --score-batches batches of the training set, unshuffled: the same at every
+    decision."""
+    chosen = data.in_order(run.train, run.args.batch_size)[: run.args.score_batches]
+    return [batch_of(run, [run.train[i] for i in indices]) for indices in chosen]
+
+
+def levels_of(run):
+    """dict name -> share of the module's full rank that is on, 0 … 1."""
+    layers = lora.adapters(run.model)
+    return {name: layer.r / run.args.r * layer.enabled for name, layer in layers.items()}
+
+
+def write_history(run):
+    """allocation.json: every decision so far."""
+    a = run.args
+    budget = {"keep": a.keep} if a.budget_params is None else {"parameters": a.budget_params}
+    content = {"proxy": a.proxy, "mode": a.allocate, "budget": budget, "costs": run.plan.costs}
+    runs.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -336,6 +348,8 @@ def train(run):
             run.model.train()
             seen, epoch_started = 0, time.monotonic()
             for group in epoch_steps(run, run.epoch)[run.batch :]:
+                if run.plan and run.plan.due(run.step, run.batch, per_epoch):
+                    allocate_now(run, bar.write)
                 loss = train_step(run, group, learning_rate(run.step, total, args))
                 run.batch += 1
                 run.step += 1
@@ -386,7 +400,18 @@ def show(metrics):
 
 
 def method(args):
-    return f"LoRA r={args.r} on {','.join(args.targets)}" if args.targets else "head alone"
+    """The method in one line."""
+    places = [p for p in (",".join(args.targets), f"{args.shortcuts} shortcuts") if p]
+    places = [p for p in places if p != "none shortcuts"]
+    if not places:
+        return "head alone"
+    name = f"LoRA r={args.r} on {' + '.join(places)}"
+    if args.allocate == "none":
+        return name
+    budget = (
+        f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
+    )
+    return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
 
 
 def counts(run):
@@ -408,6 +433,7 @@ def finish(run):
             best=run.best,
             trainable={"adapters": adapters, "head": head},
             seconds=round(run.seconds, 2),
+            score_seconds=round(run.score_seconds, 2),
         )
     rows = {
         "method": method(run.args),
@@ -415,13 +441,35 @@ def finish(run):
         "final": show(run.last),
         "best": f"{show(run.best)} (epoch {run.best['epoch']})",
         "seconds": f"{run.seconds:.1f}",
-        "run folder": str(run.folder),
     }
+    if run.plan:
+        share = run.score_seconds / max(run.seconds, 1e-9)
+        rows["seconds"] += f", {run.score_seconds:.1f} of them ({share:.0%}) for scoring"
+        rows["allocated"] = f"{len(run.plan.history)} times; python tools/plot.py {run.folder}"
+    rows["run folder"] = str(run.folder)
+    if run.plan and run.args.proxy != "uniform":
+        rows["same budget, spread evenly"] = uniform_command(run, adapters)
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
+def uniform_command(run, budget):
+    """The command of the baseline that spends the same parameters on every module alike."""
+    a = run.args
+    given = {"task": a.task, "data-dir": a.data_dir, "seed": a.seed, "allocate": "static"}
+    given |= {"proxy": "uniform", "budget-params": budget}
+    for name, (_, default, _) in flags.FLAGS.items():
+        value = getattr(a, name.replace("-", "_"))
+        allocation = ("keep", "every", "score-batches", "rank", "per-rank", "out", "device")
+        if name not in given and name not in allocation and value != default:
+            given[name] = ",".join(value) if isinstance(value, list) else value
+    text = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    return f"\n  python train.py {text}"
+
+
 def dry_run(run):
-    """One step and one evaluation batch; nothing is written."""
+    """One allocation, one step and one evaluation batch; nothing is written."""
+    if run.plan:
+        allocate_now(run, print)
     loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
     metrics = evaluate(run, limit=EVAL_BATCH_SIZE)
     return f"dry run: loss {loss:.4f}, {show(metrics)} on {len(run.dev[:EVAL_BATCH_SIZE])} examples"
@@ -436,13 +484,15 @@ def prepare(args):
         lines = restore(run)
         if not args.eval_only:
             runs.truncate_log(folder, lines)
+            if run.plan and run.plan.history:
+                write_history(run)
         return run
     run = set_up(args)
     if not args.dry_run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run.folder = runs.create(args.out or f"runs/{args.task}-{stamp}")
-        flags = {k: v for k, v in vars(args).items() if k not in ("resume", "eval_only", "dry_run")}
-        runs.write_json(run.folder / "config.json", {"flags": flags, "versions": runs.versions()})
+        given = {k: v for k, v in vars(args).items() if k not in ("resume", "eval_only", "dry_run")}
+        runs.write_json(run.folder / "config.json", {"flags": given, "versions": runs.versions()})
         save(run)
     return run
 
@@ -461,7 +511,7 @@ def stop_on_signal(run):
 def main(argv=None):
     """Exit code: 0 done; 1 the loss is not finite; 2 bad input; 130 interrupted and saved."""
     try:
-        args = parse_flags(argv)
+        args = flags.parse_flags(argv)
         run = prepare(args)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

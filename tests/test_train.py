@@ -10,6 +10,7 @@ import torch
 import lora
 import runs
 import train
+from flags import parse_flags as flags_of
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def flags(tmp_path):
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.01"
     )
-    return [*text.split(), "--log-every", "1", "--device", "cpu"]
+    return ["--preset", "lora", *text.split(), "--log-every", "1", "--device", "cpu"]
 
 
 def weights(folder):
@@ -47,9 +48,8 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     assert train.main([*flags, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "final       accuracy" in printed and str(out) in printed
-    assert (
-        "192 in adapters + 26 in the head" in printed
-    )  # 2 layers x q, v x r 2 x (12 + 12); 12 x 2 + 2
+    # 2 layers x q, v x r 2 x (12 + 12); the head 12 x 2 + 2
+    assert "192 in adapters + 26 in the head" in printed
     log = runs.read_log(out)
     kinds = [e["event"] for e in log]
     assert kinds.count("train") == 2 * 5 and kinds.count("eval") == 2 and kinds[-1] == "done"
@@ -160,7 +160,7 @@ def test_head_alone(flags, tmp_path, capsys):
 
 
 def test_frozen_weights_do_not_move(flags, tmp_path):
-    run = train.set_up(train.parse_flags(flags))
+    run = train.set_up(flags_of(flags))
     before = {n: p.clone() for n, p in run.model.named_parameters()}
     for group in train.epoch_steps(run, 0):
         train.train_step(run, group, 0.1)
@@ -172,7 +172,7 @@ def test_accumulation_equals_one_large_batch(flags):
     """Unequal batches weigh by their examples: the step is that of the mean over all of them."""
     results = []
     for groups in ([[0, 1, 2, 3, 4], [5, 6]], [[0, 1, 2, 3, 4, 5, 6]]):
-        run = train.set_up(train.parse_flags([*flags, "--clip", "0.05"]))
+        run = train.set_up(flags_of([*flags, "--clip", "0.05"]))
         run.model.double()
         loss = train.train_step(run, groups, 0.1)
         results.append((loss, train.trainable(run.model)))
@@ -183,7 +183,7 @@ def test_accumulation_equals_one_large_batch(flags):
 
 def test_clipping_bounds_the_gradient(flags, monkeypatch):
     """With plain SGD of rate 1, the step is as long as the clipped gradient."""
-    run = train.set_up(train.parse_flags([*flags, "--clip", "0.01"]))
+    run = train.set_up(flags_of([*flags, "--clip", "0.01"]))
     run.optimizer = torch.optim.SGD(train.trainable(run.model).values(), lr=1.0)
     before = {n: p.detach().clone() for n, p in train.trainable(run.model).items()}
     train.train_step(run, [[0, 1, 2]], 1.0)
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         ("--device tpu9", "--device 'tpu9' cannot be used"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
         ("--eval-only", "--eval-only needs --resume"),
-        ("--resume nowhere", "--task cannot be changed by --resume"),
+        ("--resume nowhere", "cannot be changed by --resume"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
@@ -275,7 +275,7 @@ def test_importing_is_silent():
 
 
 def test_adapters_are_what_the_flags_say(flags):
-    args = train.parse_flags([*flags, "--targets", "fc2,k_proj", "--lora-alpha", "3"])
+    args = flags_of([*flags, "--targets", "fc2,k_proj", "--lora-alpha", "3"])
     run = train.set_up(args)
     layers = lora.adapters(run.model)
     assert list(layers) == [f"layers.{i}.{p}" for i in (0, 1) for p in ("k_proj", "fc2")]

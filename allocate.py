@@ -1,0 +1,350 @@
+"""Which modules are on: scores and a budget in, a set of names out (arXiv 2406.14956;
+dyrealloc_callback.py).
+
+    keep_top        the paper's budget: a fraction of the modules, the best by score
+    within_budget   an exact number of trainable parameters, the best set there is (0/1 knapsack)
+    ranks_within_budget, uniform_ranks   the same parameters spent on ranks: each module gets r_i in
+    0 … r
+    Reallocator     when to decide (static, dynamic), what was decided, and the generator of the
+    ties
+    grid            a plan as text
+
+    name   | symbol | meaning
+    keep   | p      | fraction of the modules that are on; n_l LoRA modules, n_s shortcuts
+    cost   |        | trainable parameters of a module, r (in + out); of one rank, in + out
+
+Names are those of lora.adapters ("layers.3.q_proj"). Every function takes names and numbers only,
+so that it can be checked by brute force; ties come from a generator that is passed in, and do not
+depend on the order of the names.
+
+What this file does not do: touch a model or a tensor of one (train.py switches modules on and off),
+compute scores.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+SHORTCUTS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
+BASELINES = ("random", "size")
+
+
+def is_shortcut(name):
+    return name.rpartition(".")[2] in SHORTCUTS
+
+
+def shuffled(names, generator):
+    """The names in random order, whatever order they came in."""
+    names = sorted(names)
+    return [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+
+
+def baseline_scores(kind, costs, generator):
+    """Scores that know nothing of the model: "random", or "size" (more parameters = keep).
+
+    Every proxy has these for company: one that does not beat them says nothing.
+
+    Args:
+        kind: one of BASELINES. costs: dict name -> parameters. generator: torch.Generator.
+
+    Returns:
+        dict name -> float > 0.
+    """
+    if kind == "size":
+        return {name: float(cost) for name, cost in costs.items()}
+    order = shuffled(costs, generator)
+    return {name: (1.0 + order.index(name)) / len(order) for name in costs}
+
+
+# ------------------------------------------------------------------------------ fraction of modules
+
+
+def top(scores, count, generator):
+    """The `count` best names. Ties at the cut alone are drawn: all above it are on."""
+    ranked = sorted(scores.values(), reverse=True)
+    if count == 0:
+        return set()
+    cut = ranked[count - 1]
+    above = {name for name, value in scores.items() if value > cut}
+    tied = [name for name, value in scores.items() if value == cut]
+    return above | set(shuffled(tied, generator)[: count - len(above)])
+
+
+def keep_top(scores, keep=0.25, together=True, generator=None):
+    """The best floor(p n_l) + round(p n_s) modules (the released rule; Python's round, half to
+    even).
+
+    Args:
+        scores: dict name -> float; larger = keep.
+        keep: p, 0 < p <= 1.
+        together: one ranking of LoRA modules and shortcuts (released: "combined"), else floor(p
+        n_l) LoRA
+            modules and round(p n_s) shortcuts, ranked apart ("separated").
+        generator: torch.Generator for ties; None = one that is seeded with 0.
+
+    Returns:
+        set of names.
+
+    Raises:
+        ValueError: keep out of range, no scores, a score that is not finite (the released code
+        switches on the
+            first modules of an all-NaN list), or nothing to keep.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}, allowed: 0 < keep <= 1")
+    refuse_not_finite(scores)
+    generator = generator or torch.Generator().manual_seed(0)
+    modules = {name: value for name, value in scores.items() if not is_shortcut(name)}
+    shortcuts = {name: value for name, value in scores.items() if is_shortcut(name)}
+    n_modules, n_shortcuts = math.floor(keep * len(modules)), round(keep * len(shortcuts))
+    if n_modules + n_shortcuts == 0:
+        raise ValueError(
+            f"keep {keep} of {len(scores)} modules is none: raise it, or adapt more modules"
+        )
+    if together:
+        return top(scores, n_modules + n_shortcuts, generator)
+    return top(modules, n_modules, generator) | top(shortcuts, n_shortcuts, generator)
+
+
+def refuse_not_finite(scores):
+    if not scores:
+        raise ValueError("no scores: nothing to allocate")
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the score of {name} is {value}: no allocation from scores like that")
+
+
+# ----------------------------------------------------------------------------- number of parameters
+
+
+def check_budget(budget, costs):
+    """Raises ValueError where no module fits, or the budget is no number."""
+    smallest = min(costs.values())
+    if not budget > 0 or not math.isfinite(budget):
+        raise ValueError(f"the budget is {budget} parameters, allowed: a positive number")
+    if budget < smallest:
+        raise ValueError(
+            f"the budget of {budget} parameters is less than the smallest module needs: {smallest}"
+        )
+
+
+def within_budget(scores, costs, budget, generator=None):
+    """The set with the largest sum of scores whose parameters fit: an exact 0/1 knapsack.
+
+    Where no score is positive the choice is random: modules in random order, each that still fits.
+
+    Args:
+        scores: dict name -> float; larger = keep. Below 0: never chosen while another is positive.
+        costs: dict name -> int, trainable parameters, > 0.
+        budget: number of parameters.
+        generator: torch.Generator for ties; None = one that is seeded with 0.
+
+    Returns:
+        set of names; the sum of their costs is <= budget.
+
+    Raises:
+        ValueError: a budget that is not positive or fits no module; a score that is not finite.
+    """
+    refuse_not_finite(scores)
+    check_budget(budget, costs)
+    generator = generator or torch.Generator().manual_seed(0)
+    order = shuffled(scores, generator)
+    if max(scores.values()) <= 0:
+        chosen, left = set(), budget
+        for name in order:
+            if costs[name] <= left:
+                chosen.add(name)
+                left -= costs[name]
+        return chosen
+    useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
+    values = np.array([scores[name] for name in useful], dtype=np.float64)
+    weights = np.array([costs[name] for name in useful], dtype=np.int64)
+    return {useful[i] for i in knapsack(values, weights, budget)}
+
+
+def knapsack(values, weights, budget):
+    """Indices of a subset with the largest sum of values among those of weight <= budget.
+
+    Dynamic programming over undominated states (weight, value), Nemhauser & Ullmann 1969: a state
+    that is no lighter and no better than another is dropped. Items come by value per weight, so
+    that a state is dropped too when filling up with the rest, fractions allowed, cannot reach what
+    a greedy fill reaches already. In practice a few hundred states survive; 300 modules of mixed
+    size take milliseconds. Exact up to the rounding of the sums.
+
+    Args:
+        values: (n,) float64 > 0. weights: (n,) int64 > 0, each <= budget.
+    """
+    order = np.argsort(-values / weights, kind="stable")
+    v, w = values[order], weights[order]
+    sum_v, sum_w = np.concatenate([[0.0], v.cumsum()]), np.concatenate([[0], w.cumsum()])
+
+    def fill_up(state_w, state_v, start):
+        """Upper bound: the rest from item `start` on, the last one in part; lower: without that
+        part."""
+        room = budget - state_w + sum_w[start]
+        stop = np.searchsorted(sum_w, room, side="right") - 1  # items start … stop - 1 fit whole
+        whole = state_v + sum_v[stop] - sum_v[start]
+        part = np.where(stop < len(v), (room - sum_w[stop]) * np.append(v / w, 0)[stop], 0)
+        return whole + part, whole
+
+    state_w, state_v = np.zeros(1, np.int64), np.zeros(1)
+    history = []  # per item: parent state and whether the item was taken
+    slack = 1e-12 * sum_v[-1]
+    for i in range(len(v)):
+        new_w, new_v = np.append(state_w, state_w + w[i]), np.append(state_v, state_v + v[i])
+        parent = np.tile(np.arange(len(state_w)), 2)
+        taken = np.arange(len(new_w)) >= len(state_w)
+        upper, lower = fill_up(new_w, new_v, i + 1)
+        fits = new_w <= budget
+        good = fits & (upper >= lower[fits].max() - slack)
+        index = np.flatnonzero(good)
+        index = index[np.lexsort((-new_v[index], new_w[index]))]  # by weight, then best first
+        best_before = np.maximum.accumulate(np.append(-1.0, new_v[index]))[:-1]
+        index = index[new_v[index] > best_before]
+        state_w, state_v = new_w[index], new_v[index]
+        history.append((parent[index], taken[index]))
+    chosen, state = [], int(np.argmax(state_v))
+    for i in reversed(range(len(v))):
+        parents, taken = history[i]
+        if taken[state]:
+            chosen.append(int(order[i]))
+        state = int(parents[state])
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------- ranks
+
+
+def ranks_within_budget(rank_scores, rank_costs, budget, generator=None):
+    """Each module gets r_i in {0 … r}: the best set of rank-one parts that fits, an exact 0/1
+    knapsack.
+
+    Args:
+        rank_scores: dict name -> list of r floats, the saliency of each rank-one part.
+        rank_costs: dict name -> int, parameters of one rank, in + out.
+        budget, generator: as in within_budget.
+
+    Returns:
+        dict name -> sorted list of the ranks (indices into 0 … r - 1) that are kept; [] = off.
+
+    Raises:
+        ValueError: as within_budget.
+    """
+    parts = {(name, k): s for name, list_ in rank_scores.items() for k, s in enumerate(list_)}
+    scores = {f"{name}/{k}": s for (name, k), s in parts.items()}
+    costs = {f"{name}/{k}": rank_costs[name] for name, k in parts}
+    chosen = within_budget(scores, costs, budget, generator)
+    return {
+        name: [k for k in range(len(list_)) if f"{name}/{k}" in chosen]
+        for name, list_ in rank_scores.items()
+    }
+
+
+def uniform_ranks(rank_costs, r, budget):
+    """The baseline: every module on, at the largest equal rank that fits.
+
+    Args:
+        rank_costs: dict name -> int. r: int, the rank that modules have. budget: parameters.
+
+    Returns:
+        dict name -> [0 … r' - 1].
+
+    Raises:
+        ValueError: not even rank 1 fits.
+    """
+    one = sum(rank_costs.values())
+    check_budget(budget, {"rank 1 everywhere": one})
+    return {name: list(range(min(r, int(budget // one)))) for name in rank_costs}
+
+
+# ------------------------------------------------------------------------------- when, and what was
+
+
+class Reallocator:
+    """The schedule of allocations, their history, and the generator that breaks ties.
+
+    Args:
+        costs: dict name -> parameters of the module when it is on, in the order of lora.adapters.
+        mode: "static" (once, before training) or "dynamic" (and again every `every` epochs).
+        keep: fraction of modules that stay on; used where budget is None.
+        budget: number of adapter parameters, or None.
+        every: fraction of an epoch between two decisions.
+        together: as in keep_top.
+        generator: torch.Generator, for ties and for the baseline "random".
+    """
+
+    def __init__(self, costs, mode, keep, budget, every, together, generator):
+        self.costs, self.mode, self.keep, self.budget = costs, mode, keep, budget
+        self.every, self.together, self.generator = every, together, generator
+        self.history = []
+
+    def due(self, step, step_in_epoch, steps_per_epoch):
+        """Whether to decide before this step.
+
+        Static: before the first. Dynamic: at every ceil(every * steps_per_epoch) steps, counted
+        anew in each epoch, the first before the first update (dyrealloc_callback.py: batch_idx % N
+        == 0).
+        """
+        if self.mode == "static":
+            return step == 0
+        exact = round(self.every * steps_per_epoch, 9)  # 0.1 * 30 is 3.0000000000000004
+        return step_in_epoch % max(1, math.ceil(exact)) == 0
+
+    def decide(self, scores, step, epoch):
+        """Choose from scores, and record it; returns the set of names that are on."""
+        if self.budget is None:
+            on = keep_top(scores, self.keep, self.together, self.generator)
+        else:
+            on = within_budget(scores, self.costs, self.budget, self.generator)
+        self.record(step, epoch, scores, {name: name in on for name in self.costs})
+        return on
+
+    def record(self, step, epoch, scores, on):
+        """Append a decision: scores by module (or by rank), and what is on (true/false, or the
+        ranks)."""
+        self.history.append({"step": step, "epoch": epoch, "scores": scores, "on": on})
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return {"history": self.history, "rng": self.generator.get_state()}
+
+    def load(self, state):
+        self.history = state["history"]
+        self.generator.set_state(state["rng"])
+
+
+# --------------------------------------------------------------------------------------------- grid
+
+
+def grid(levels, costs, budget=None):
+    """A plan as text: one row per type of module, one column per layer, and the sum against the
+    budget.
+
+    Args:
+        levels: dict name -> share of the module that is on: 0 … 1 (on/off, or r_i / r).
+        costs: dict name -> parameters when it is whole.
+        budget: number of parameters, or None.
+
+    Returns:
+        str of several lines; · = off, ░ ▒ ▓ █ = up to 25, 50, 75, 100 % of the rank, space = no
+        such module.
+    """
+    places = list(dict.fromkeys(name.rpartition(".")[2] for name in levels))
+    layers = 1 + max(int(name.split(".")[1]) for name in levels)
+    shade = " ░▒▓█"
+    lines = []
+    for place in places:
+        cells = [levels.get(f"layers.{i}.{place}") for i in range(layers)]
+        text = "".join(
+            " " if c is None else "·" if c == 0 else shade[math.ceil(4 * c)] for c in cells
+        )
+        lines.append(f"{place:>13} {text}")
+    spent = sum(round(costs[name] * level) for name, level in levels.items())
+    total = sum(costs.values())
+    on = sum(level > 0 for level in levels.values())
+    against = (
+        f"budget {budget:,}, {budget - spent:,} left" if budget is not None else f"all {total:,}"
+    )
+    lines.append(f"{on} of {len(levels)} modules on, {spent:,} parameters ({against})")
+    return "\n".join(lines)

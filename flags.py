@@ -1,0 +1,221 @@
+"""The command line of train.py: every flag with its type, default and one line of help.
+
+A method is a combination of flags; a preset is nothing but a documented set of them, and a flag
+that is given wins over it. Bad input is a ValueError with one line: what, got, allowed.
+
+What this file does not do: look at data, models or devices (train.py does).
+"""
+
+import argparse
+import difflib
+import math
+import types
+
+import allocate
+import data
+import lora
+import proxies
+import runs
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a ValueError like any other bad input: one line, no usage."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low, high=math.inf, open_high=False):
+    """An argparse type: a finite int or float from low to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            wrong = (
+                not math.isfinite(value)
+                or not low <= value <= high
+                or (open_high and value == high)
+            )
+        except ValueError:
+            wrong = True
+        if wrong:
+            what = "an integer" if kind is int else "a number"
+            upper = f" {'below' if open_high else 'to'} {high}" if high < math.inf else " up"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low}{upper}")
+        return value
+
+    return parse
+
+
+def one_of(*allowed):
+    """An argparse type: one of a few names; a near miss is told the nearest."""
+
+    def parse(text):
+        if text not in allowed:
+            near = difflib.get_close_matches(text, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(allowed)}{hint}")
+        return text
+
+    return parse
+
+
+def names(*allowed):
+    """An argparse type: a comma-separated list of names, or "none" -> a list without repeats."""
+
+    def parse(text):
+        return [] if text == "none" else list(dict.fromkeys(map(one_of(*allowed), text.split(","))))
+
+    return parse
+
+
+FLAGS = {  # name: (type, default, help)
+    "task": (one_of(*data.TASKS), "paraphrase", f"one of {', '.join(data.TASKS)}"),
+    "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
+    "model": (str, "minilm", "minilm, a folder in Hugging Face layout, or a hub id"),
+    "targets": (
+        names(*lora.LINEARS),
+        ["q_proj", "v_proj"],
+        f"layers that get LoRA, out of {','.join(lora.LINEARS)}; none = train the head alone",
+    ),
+    "r": (number(int, 1), 8, "rank"),
+    "lora-alpha": (number(float, 0), 16.0, "scaling = lora_alpha / r"),
+    "shortcuts": (
+        one_of(*lora.SHORTCUTS),
+        "all",
+        f"LoRA-adapted shortcut connections: {', '.join(lora.SHORTCUTS)}",
+    ),
+    "shortcut-alpha": (number(float, 0), 4.0, "lora_alpha of the shortcuts"),
+    "shortcut-norm": (
+        one_of("none", "reuse"),
+        "none",
+        "reuse = LayerNorm once more after a cross-layer shortcut, as the released code does",
+    ),
+    "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
+    "allocate": (
+        one_of("none", "static", "dynamic"),
+        "dynamic",
+        "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way",
+    ),
+    "proxy": (
+        one_of(*proxies.PROXIES, *allocate.BASELINES, "uniform"),
+        "grad_norm",
+        f"what a module is scored by: {', '.join(proxies.PROXIES)}; or a baseline: "
+        f"{', '.join(allocate.BASELINES)}, uniform (equal ranks within --budget-params)",
+    ),
+    "keep": (number(float, 0, 1), 0.25, "budget as the fraction of modules that stay on"),
+    "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
+    "per-rank": (one_of("yes", "no"), "no", "yes = spend --budget-params on ranks, static only"),
+    "every": (number(float, 1e-9), 1.0, "epochs between two decisions, counted inside each epoch"),
+    "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
+    "rank": (
+        one_of("together", "apart"),
+        "together",
+        "LoRA modules and shortcuts in one ranking (released: combined), or apart (separated)",
+    ),
+    "epochs": (number(int, 1), 12, "passes over the training data"),
+    "batch-size": (number(int, 1), 16, "examples in one forward pass"),
+    "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
+    "lr": (number(float, 0), 1e-3, "learning rate of AdamW"),
+    "weight-decay": (number(float, 0), 0.01, "decoupled weight decay of AdamW"),
+    "schedule": (one_of("constant", "linear"), "constant", "learning rate after the warm-up"),
+    "warmup": (number(int, 0), 0, "steps over which the learning rate rises from 0"),
+    "clip": (number(float, 0), 0.0, "largest gradient norm; 0 = no clipping"),
+    "dropout": (number(float, 0, 1, True), 0.0, "dropout of the backbone"),
+    "max-length": (
+        number(int, 8),
+        None,
+        "tokens of a pair, longer ones are truncated (default: 128, or what the model has)",
+    ),
+    "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
+    "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
+    "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
+    "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
+}
+RELEASED = {  # the authors' MRPC runs with shortcuts (OPT-350M)
+    "targets": ["q_proj", "v_proj"],
+    "lora_alpha": 16.0,
+    "shortcuts": "all",
+    "shortcut_alpha": 4.0,
+    "lr": 2e-4,
+    "weight_decay": 0.01,
+    "schedule": "constant",
+    "batch_size": 8,
+    "epochs": 20,
+}
+PRESETS = {
+    "lora": {"allocate": "none", "shortcuts": "none"},  # plain LoRA, every module on
+    "heterolora": {  # a quarter of the modules at rank 8, chosen anew five times an epoch
+        **RELEASED,
+        "r": 8,
+        "allocate": "dynamic",
+        "proxy": "grad_norm",
+        "keep": 0.25,
+        "every": 0.2,
+        "score_batches": 32,
+        "rank": "together",
+    },
+    "uniform-r2": {**RELEASED, "r": 2, "allocate": "none"},  # the same budget, spread evenly
+}
+RESUMABLE = ("resume", "eval_only", "device", "data_dir")  # flags that may stand beside --resume
+
+
+def parse_flags(argv):
+    """Command line -> namespace; with --resume the flags come from that run."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for name, (kind, default, text) in FLAGS.items():
+        shown = ",".join(default) if isinstance(default, list) else default
+        help_text = f"{text} (default: {shown})" if default is not None else text
+        parser.add_argument(
+            f"--{name}", type=kind, default=argparse.SUPPRESS, help=help_text, metavar="X"
+        )
+    parser.add_argument(
+        "--preset", type=one_of(*PRESETS), default=None, metavar="X", help=", ".join(PRESETS)
+    )
+    parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
+    parser.add_argument("--eval-only", action="store_true", help="with --resume: evaluate and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
+    )
+    given = vars(parser.parse_args(argv))
+    defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
+    if given["resume"] is None:
+        if given["eval_only"]:
+            raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
+        args = {**defaults, **PRESETS.get(given["preset"], {}), **given}
+        refuse_conflicts(given, args)
+        return types.SimpleNamespace(**args)
+    for name in given:
+        if name not in RESUMABLE and given[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} cannot be changed by --resume: the run's own flags "
+                "are used"
+            )
+    stored = runs.read_config(given["resume"])
+    return types.SimpleNamespace(**{**defaults, **stored, **given})
+
+
+def refuse_conflicts(given, args):
+    """Flags that contradict each other, or would do nothing, are refused rather than ignored."""
+    budget, allocation = args["budget_params"], args["allocate"]
+    if allocation == "none":
+        useless = [f for f in ("keep", "budget_params", "every", "proxy", "rank") if f in given]
+        if useless or args["per_rank"] == "yes":
+            flag = (useless or ["per_rank"])[0].replace("_", "-")
+            raise ValueError(f"--{flag} needs --allocate static or dynamic: nothing is allocated")
+    elif not args["targets"] and args["shortcuts"] == "none":
+        raise ValueError(f"--allocate {allocation} needs modules: give --targets or --shortcuts")
+    if budget is not None and "keep" in given:
+        raise ValueError("--keep and --budget-params are two budgets: give one")
+    if args["per_rank"] == "yes" and (
+        allocation != "static" or budget is None or args["proxy"] not in proxies.RANK_PROXIES
+    ):
+        raise ValueError(
+            "--per-rank yes needs --allocate static, --budget-params N and --proxy "
+            f"{' or '.join(proxies.RANK_PROXIES)}"
+        )
+    uniform = args["proxy"] == "uniform" and allocation != "none"
+    if uniform and (allocation != "static" or budget is None):
+        raise ValueError("--proxy uniform needs --allocate static and --budget-params N")

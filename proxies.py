@@ -1,0 +1,476 @@
+"""Zero-cost proxies: how much does each low-rank module matter? (arXiv 2406.14956; zero-cost-nas)
+
+Each proxy is one function (model, batches) -> {name: score}; larger = keep. Modules and shortcuts
+are scored alike and in one pass, all of them switched on. L is the mean loss over all scored
+examples, so a score does not depend on how they were cut into batches.
+
+    name               | score of a pair h = base(x) + s B A x, s = lora_alpha / r          | at B =
+    0
+    constant           | 1                                                                  | 1
+    grad_norm          | ||dL/dA||_F + ||dL/dB||_F                                          | ||s G
+    A^T||_F
+    snip               | sum |A o dL/dA| + sum |B o dL/dB|                                  |
+    exactly 0
+    synflow            | sum |A o dR/dA| + sum |B o dR/dB|, R = sum of a linearised |net|   |
+    exactly 0
+    synflow_released   | the same with |net| as it is, labels and L for R                   |
+    exactly 0
+    grasp              | sum A o (H g)_A + sum B o (H g)_B                                  |
+    ||dL/dB||_F^2
+    fisher             | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                               |
+    exactly 0
+    alpha_test         | 10 x smallest a with accuracy(a s B A) >= 0.99 accuracy(s B A)     |
+    exactly 0
+    alpha_test_released| the same with a on the whole layer, W x included                   | > 0
+    possible
+    grad_norm_slot     | ||G||_F                                                            | the
+    same
+    snip_slot          | sum |W o G|                                                        | the
+    same
+
+G = dL/dW is the gradient of the dense matrix in that place (W, identity or zero); G says what the
+place is worth, the others what this pair in it is worth. (A_k: row k of A.)
+
+WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and every score made of weight times
+gradient is
+exactly 0 for every module: SNIP, SYNFLOW and FISHER then choose at random, once before training,
+and dynamically for ever (a module that was never on keeps B = 0). score() warns when that happens.
+GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional to s and to sqrt(r).
+
+What this file does not do: choose (allocate.py), or change anything: parameters, buffers, .grad,
+requires_grad, train/eval mode, on/off and the RNG are as before, also when the loss raises.
+"""
+
+import contextlib
+import copy
+import math
+import types
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora import RESIDUALS, adapters
+
+ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
+
+
+def score(name, model, batches):
+    """Score every LoRALayer of a model.
+
+    Args:
+        name: a key of PROXIES.
+        model: model.Transformer with adapters, not merged; left bit-identical.
+        batches: list of batches (dicts with input_ids, attention_mask, labels, …) on the model's
+        device.
+
+    Returns:
+        dict name -> float, in the order of lora.adapters; larger = keep.
+
+    Raises:
+        ValueError: unknown proxy, no adapters, a merged model, no batches, or a score that is not
+        finite.
+
+    Warns:
+        UserWarning: all scores are zero, so whatever is chosen from them is chosen at random.
+    """
+    if name not in PROXIES:
+        raise ValueError(f"unknown proxy {name!r}, allowed: {', '.join(PROXIES)}")
+    layers = adapters(model)
+    if not layers or any(layer.merged for layer in layers.values()):
+        raise ValueError("scoring needs a model with LoRA modules that are not merged")
+    if not batches:
+        raise ValueError("scoring needs at least one batch")
+    scores = PROXIES[name](model, batches)
+    for module, value in scores.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {name} score of {module} is {value}: look for a loss that overflows, or "
+                "score "
+                "in float32"
+            )
+    if not any(scores.values()):
+        warnings.warn(
+            f"all {name} scores are zero: the choice is random; while lora_B is zero, "
+            "grad_norm, grad_norm_slot and snip_slot still tell modules apart",
+            stacklevel=2,
+        )
+    return scores
+
+
+# ----------------------------------------------------------------------------------- leave no trace
+
+
+@contextlib.contextmanager
+def scoring(model):
+    """All modules on, eval mode, nothing but the pairs with a gradient; then everything as before.
+
+    deviates: the released code scores in train mode; its runs had no dropout either way, and a
+    score should not depend on a dropout mask.
+    """
+    layers = adapters(model)
+    enabled = {name: layer.enabled for name, layer in layers.items()}
+    training = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        for layer in layers.values():
+            layer.enabled = True
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+        yield layers
+    finally:
+        for name, layer in layers.items():
+            layer.enabled = enabled[name]
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+
+
+def loss_terms(model, batch):
+    """How many numbers the loss of a batch is the mean of: examples, or predicted tokens."""
+    labels = batch["labels"]
+    return int((labels[:, 1:] != -100).sum()) if model.config.head == "lm" else len(labels)
+
+
+def mean_gradients(model, batches, parameters):
+    """dL/dp of the mean loss over all examples, a list in the order of parameters; .grad is not
+    used.
+
+    deviates: the released code sums the gradients of the batches' means, so its scores grow with
+    their number.
+    """
+    total = sum(loss_terms(model, batch) for batch in batches)
+    sums = [torch.zeros_like(p) for p in parameters]
+    for batch in batches:
+        loss = model(**batch).loss * (loss_terms(model, batch) / total)
+        gradients = torch.autograd.grad(loss, parameters)
+        sums = [s + g for s, g in zip(sums, gradients, strict=True)]
+    return sums
+
+
+def pairs_of(layers):
+    """[A, B, A, B, …] of all modules."""
+    return [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def by_module(layers, values):
+    """{name: (value of A, value of B)} from a list in the order of pairs_of."""
+    return dict(zip(layers, zip(values[::2], values[1::2], strict=True), strict=True))
+
+
+def pair_gradients(model, batches):
+    """{name: (dL/dA, dL/dB)}, (r, in) and (out, r)."""
+    with scoring(model) as layers:
+        return by_module(layers, mean_gradients(model, batches, pairs_of(layers)))
+
+
+# -------------------------------------------------------------------------------------- the proxies
+
+
+def constant(model, batches):
+    """S = 1: every module alike, so that a choice is uniformly random. The paper's control."""
+    return dict.fromkeys(adapters(model), 1.0)
+
+
+def grad_norm(model, batches):
+    """S = ||dL/dA||_F + ||dL/dB||_F        (arXiv 2406.14956; dyrealloc_callback.py)
+
+    Sum of the two norms, not the norm of both, as released. At B = 0 the first is 0 and the second
+    ||s G A^T||: it
+    grows with s, so alpha 16 modules are favoured over alpha 4 shortcuts by that factor.
+    """
+    return {
+        name: (a.norm() + b.norm()).item()
+        for name, (a, b) in pair_gradients(model, batches).items()
+    }
+
+
+def snip(model, batches):
+    """S = sum |A o dL/dA| + sum |B o dL/dB|        (SNIP, arXiv 1810.02340, Eq. 3-4; zero-cost-nas)
+
+    deviates: not divided by the sum over all modules (neither is the released code): the ranking is
+    the same. At B = 0: exactly 0, the first term by its gradient, the second by its weight.
+    """
+    layers, gradients = adapters(model), pair_gradients(model, batches)
+    scores = {}
+    for name, (a, b) in gradients.items():
+        layer = layers[name]
+        scores[name] = ((layer.lora_A * a).abs().sum() + (layer.lora_B * b).abs().sum()).item()
+    return scores
+
+
+def flow(model, objective):
+    """sum |A o dR/dA| + sum |B o dR/dB| with R = objective(model), by module."""
+    layers = adapters(model)
+    for layer in layers.values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    pairs = pairs_of(layers)
+    gradients = torch.autograd.grad(objective(model), pairs)
+    terms = [(p * g).abs().sum().item() for p, g in zip(pairs, gradients, strict=True)]
+    return {name: a + b for name, (a, b) in by_module(layers, terms).items()}
+
+
+def absolute_copy(model):
+    """A copy with |parameter| everywhere, all modules on, eval mode, no gradients but the
+    pairs'."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data.abs_()
+    for layer in adapters(model).values():
+        layer.enabled = True
+    return model
+
+
+def linear_attention(block, queries, x, key_mask, causal):
+    """Attention whose weights are S / S, S = q . k > 0, the denominator a constant to autograd.
+
+    On identical tokens softmax has a zero Jacobian and q, k would score 0. Here the forward pass is
+    the same average of V, and the flow through q, and through k, is the whole flow through v.
+    """
+    q, k, v = (
+        block.split_heads(m(y))
+        for m, y in ((block.q_proj, queries), (block.k_proj, x), (block.v_proj, x))
+    )
+    s = q @ k.transpose(-1, -2)  # (1, h, 1, 1): one token
+    h = (s / s.detach()) @ v  # (1, h, 1, d / h)
+    return block.out_proj(h.transpose(1, 2).flatten(2))
+
+
+def synflow(model, batches):
+    """S = sum |A o dR/dA| + sum |B o dR/dB|, R = sum of the output of |net| for ones (arXiv
+    2006.05467, Alg. 1)
+
+    In float64: R is a product over layers and leaves float32's range. No data, no labels.
+    deviates from zero-cost-nas, because a transformer's SynFlow is 0 otherwise: LayerNorm is the
+    identity (of equal features it outputs its bias alone), attention is linear_attention, and R is
+    read before the head, whose tanh saturates. One token of ones: identical tokens all carry the
+    same. At B = 0: exactly 0. Else S(A) = S(B): what flows into a pair flows out of it.
+    """
+    model = absolute_copy(model).double()
+    for block in model.layers:
+        block.attn_norm = block.ffn_norm = nn.Identity()
+        block.attention = types.MethodType(linear_attention, block)
+    model.final_norm = nn.Identity()
+    one = model.position_embeddings.weight.new_ones(1, 1, model.config.hidden_size)  # (b, t, d)
+    return flow(model, lambda m: m.encode(one, one[..., 0].bool()).sum())
+
+
+def synflow_released(model, batches):
+    """SYNFLOW as the released code computes it: |net| with its LayerNorm and softmax, ones for the
+    word embeddings,
+    the mask and labels of the first batch, and the loss in place of R; in the model's own
+    precision.
+
+    deviates: reads the last real token (BERT: the first), where the released code, given embeddings
+    instead of ids, reads position -1, mostly padding. At B = 0: exactly 0.
+    """
+    batch = {k: v for k, v in batches[0].items() if k != "input_ids"}
+    weight = model.word_embeddings.weight
+    ones = weight.new_ones(*batch["attention_mask"].shape, weight.shape[1])  # (b, t, embed_dim)
+    return flow(absolute_copy(model), lambda m: m(None, inputs_embeds=ones, **batch).loss)
+
+
+def grasp(model, batches):
+    """S = sum A o (H g)_A + sum B o (H g)_B, g = dL/dtheta, H = d2L/dtheta2 over all pairs (arXiv
+    2002.07376, Eq. 8)
+
+    Removing weights changes ||g||^2 / 2 by -theta . H g to first order: what holds the gradient up
+    is kept.
+    deviates: the sign is opposite to zero-cost-nas, whose sum -theta . H g is -||dL/dB||^2 at B = 0
+    and would keep
+    the modules that learn least. Two passes, so that g is the gradient of all batches
+    (zero-cost-nas: of the last). At B = 0: +||dL/dB||^2, the ranking of grad_norm.
+    """
+    with scoring(model) as layers, sdpa_kernel(SDPBackend.MATH):  # flash has no second derivative
+        pairs = pairs_of(layers)
+        g = mean_gradients(model, batches, pairs)
+        total = sum(loss_terms(model, batch) for batch in batches)
+        hg = [torch.zeros_like(p) for p in pairs]
+        for batch in batches:
+            loss = model(**batch).loss * (loss_terms(model, batch) / total)
+            first = torch.autograd.grad(loss, pairs, create_graph=True)
+            inner = sum((a * b).sum() for a, b in zip(first, g, strict=True))
+            second = torch.autograd.grad(inner, pairs)
+            hg = [a + b for a, b in zip(hg, second, strict=True)]
+        terms = [(p.detach() * h).sum().item() for p, h in zip(pairs, hg, strict=True)]
+        return {name: a + b for name, (a, b) in by_module(layers, terms).items()}
+
+
+def fisher(model, batches):
+    """S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2, n over examples, k over the r channels of A x
+    (arXiv 1801.05787)
+
+    Channel k of the pair is h_k = A_k . x; the sum over tokens of h_k dL_n/dh_k is A_k . dL_n/dA_k,
+    the first-order change of example n's loss when the channel is removed.
+    deviates: zero-cost-nas takes the output's second axis for the channels, which in a transformer
+    is time. At B = 0: exactly 0, since dL_n/dA = 0.
+    """
+    count = sum(len(batch["labels"]) for batch in batches)
+    with scoring(model) as layers:
+        factors = [layer.lora_A for layer in layers.values()]
+        totals = [0.0] * len(factors)
+        for batch in batches:
+            for i in range(len(batch["labels"])):
+                example = {k: v[i : i + 1] for k, v in batch.items()}
+                gradients = torch.autograd.grad(model(**example).loss, factors)
+                for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
+                    totals[j] += (a * g).sum(1).square().sum().item()  # (r, in) -> (r,) -> number
+        return {name: total / 2 / count for name, total in zip(layers, totals, strict=True)}
+
+
+@torch.no_grad()
+def accuracy(model, batches):
+    hits = sum(
+        (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item() for batch in batches
+    )
+    return hits / sum(len(batch["labels"]) for batch in batches)
+
+
+def smallest_alpha(measure, least):
+    """Binary search for the smallest a in 0 … 10 with measure(a / 10) >= least, as released."""
+    low, high = 0, 10
+    while low < high:
+        middle = (low + high) // 2
+        if measure(middle / 10) >= least:
+            high = middle
+        else:
+            low = middle + 1
+    return float(low)
+
+
+def alpha_test(model, batches, whole_layer=False):
+    """S = 10 x the smallest a in 0, 0.1, …, 1 at which accuracy stays >= 0.99 of its value, with a
+    s B A for s B A
+
+    deviates: scored on training batches (the released dynamic code mixes in the validation items
+    that results are reported on), and a scales the low-rank branch everywhere (released: of LoRA
+    modules the whole layer, of shortcuts the branch; that is alpha_test_released). At B = 0:
+    exactly 0, the branch does nothing.
+    """
+    if model.config.num_labels == 1 or model.config.head == "lm":
+        raise ValueError("alpha_test needs accuracy: a classification task with two labels or more")
+    scores = {}
+    with scoring(model) as layers:
+        least = (1 - ALPHA_TOLERANCE) * accuracy(model, batches)
+        for name, layer in layers.items():
+            scaling = layer.scaling
+
+            def measure(a, layer=layer, scaling=scaling):
+                whole = whole_layer and isinstance(layer.base, nn.Linear)
+                layer.scaling = scaling if whole else a * scaling
+                hook = layer.register_forward_hook(lambda _m, _x, h: a * h if whole else h)
+                try:
+                    return accuracy(model, batches)
+                finally:
+                    hook.remove()
+                    layer.scaling = scaling
+
+            scores[name] = smallest_alpha(measure, least)
+    return scores
+
+
+def alpha_test_released(model, batches):
+    """alpha_test with a on the whole output of a linear layer, W x + b included, as released."""
+    return alpha_test(model, batches, whole_layer=True)
+
+
+# ------------------------------------------------------------------------------------ slot variants
+
+
+def slot_gradients(model, batches):
+    """{name: (W, dL/dW)} of the dense matrix in each place, (out, in): the frozen weight, identity
+    or zero.
+
+    A shortcut has no matrix; while it is scored, its base is a Linear that computes the same.
+    """
+    with scoring(model) as layers:
+        bases = {name: layer.base for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                layer.lora_A.requires_grad_(False)
+                layer.lora_B.requires_grad_(False)
+                if not isinstance(layer.base, nn.Linear):
+                    sizes = (layer.in_features, layer.out_features)
+                    dense = nn.utils.skip_init(nn.Linear, *sizes, bias=False)  # draws nothing
+                    residual = name.rpartition(".")[2] in RESIDUALS
+                    eye = torch.eye(layer.out_features, layer.in_features)
+                    dense.weight = nn.Parameter((eye * residual).to(layer.lora_A))
+                    layer.base = dense
+            weights = [layer.base.weight.requires_grad_(True) for layer in layers.values()]
+            gradients = mean_gradients(model, batches, weights)
+            weights = [w.detach() for w in weights]
+            return dict(zip(layers, zip(weights, gradients, strict=True), strict=True))
+        finally:
+            for name, layer in layers.items():
+                layer.base = bases[name]
+
+
+def grad_norm_slot(model, batches):
+    """S = ||dL/dW||_F of the place itself: no luck with A, no alpha / r, and not zero at B = 0.
+
+    E ||dL/dB||_F^2 = s^2 r / (3 in) ||dL/dW||_F^2 over draws of A, at B = 0: this is what grad_norm
+    estimates.
+    """
+    return {name: g.norm().item() for name, (_, g) in slot_gradients(model, batches).items()}
+
+
+def snip_slot(model, batches):
+    """S = sum |W o dL/dW| of the place itself; the diagonal for a residual (W = I), 0 for a
+    cross-layer shortcut,
+    whose W is zero: it can only be chosen by grad_norm_slot."""
+    return {
+        name: (w * g).abs().sum().item() for name, (w, g) in slot_gradients(model, batches).items()
+    }
+
+
+PROXIES = {
+    "constant": constant,
+    "grad_norm": grad_norm,
+    "snip": snip,
+    "synflow": synflow,
+    "synflow_released": synflow_released,
+    "grasp": grasp,
+    "fisher": fisher,
+    "alpha_test": alpha_test,
+    "alpha_test_released": alpha_test_released,
+    "grad_norm_slot": grad_norm_slot,
+    "snip_slot": snip_slot,
+}
+
+
+# ----------------------------------------------------------------------------------------- per rank
+
+RANK_PROXIES = ("grad_norm", "snip")
+
+
+def score_ranks(name, model, batches):
+    """Score the rank-one parts of each pair: row k of A with column k of B.
+
+    grad_norm: S_k = ||dL/dA_k|| + ||dL/dB_k||;  snip: S_k = sum |A_k o dL/dA_k| + sum |B_k o
+    dL/dB_k|
+
+    Returns:
+        dict name -> list of r floats. For snip they sum to score("snip", …).
+
+    Raises:
+        ValueError: another proxy; or a score that is not finite.
+    """
+    if name not in RANK_PROXIES:
+        raise ValueError(
+            f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
+        )
+    layers, scores = adapters(model), {}
+    for module, (a, b) in pair_gradients(model, batches).items():
+        layer = layers[module]
+        if name == "grad_norm":
+            parts = a.norm(dim=1) + b.norm(dim=0)  # (r,)
+        else:
+            parts = (layer.lora_A * a).abs().sum(1) + (layer.lora_B * b).abs().sum(0)  # (r,)
+        scores[module] = parts.tolist()
+        if not all(map(math.isfinite, scores[module])):
+            raise ValueError(f"a {name} score of {module} is not finite: {scores[module]}")
+    return scores
