@@ -121,7 +121,7 @@ def refuse_not_finite(scores):
 def check_budget(budget, costs):
     """Raises ValueError where no module fits, or the budget is no number."""
     smallest = min(costs.values())
-    if not budget > 0 or not math.isfinite(budget):
+    if not (budget > 0 and math.isfinite(budget)):
         raise ValueError(f"the budget is {budget} parameters, allowed: a positive number")
     if budget < smallest:
         raise ValueError(
@@ -343,6 +343,9 @@ def grid(levels, costs, budget=None):
     spent = sum(round(costs[name] * level) for name, level in levels.items())
     total = sum(costs.values())
     on = sum(level > 0 for level in levels.values())
+    if budget is not None and spent == total:
+        text = f"the budget allows everything: all {on} modules on, {total:,} parameters"
+        return "\n".join([*lines, text])
     against = (
         f"budget {budget:,}, {budget - spent:,} left" if budget is not None else f"all {total:,}"
     )

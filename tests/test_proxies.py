@@ -293,32 +293,60 @@ def test_synflow_released_uses_labels_and_the_real_layer_norm():
         assert scores[name] == pytest.approx(total, rel=1e-4, abs=1e-9)
 
 
-def test_alpha_test_finds_the_smallest_alpha():
-    """By trying all eleven; accuracy that falls with alpha is what the binary search relies on."""
-    m, batches = problem()
+def test_binary_search_finds_the_smallest_alpha():
+    for answer in range(11):
+        tried = []
+
+        def measure(a, answer=answer, tried=tried):
+            tried.append(a)
+            return 1.0 if a >= answer / 10 else 0.0
+
+        assert proxies.smallest_alpha(measure, 1.0) == answer
+        assert len(tried) <= 4
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_alpha_scales_the_branch_or_as_released_the_layer(whole, monkeypatch):
+    """The accuracy at each alpha is that of a copy whose branch, or layer, is scaled by hand."""
+    m = tiny.adapted("opt-350m", targets=("v_proj",), shortcuts=("residual_1", "shortcut_ffn"))
+    batches, curves = [tiny.batch(m.config, seed=i) for i in range(3)], []
     with torch.no_grad():
-        for (
-            batch
-        ) in batches:  # labels that the adapted model gets right, so that removing pairs hurts
+        for layer in lora.adapters(m).values():
+            layer.lora_B *= 2
+        for batch in batches:  # what the model says now, so that taking a branch away hurts
             batch["labels"] = m(**batch).logits.argmax(-1)
-    for whole in (False, True):
-        scores = proxies.alpha_test(m, batches, whole_layer=whole)
-        checked = 0
-        for name, layer in lora.adapters(m).items():
-            passing = []
-            for step in range(11):
-                twin = copy.deepcopy(m)
-                other = lora.adapters(twin)[name]
-                if whole and isinstance(layer.base, torch.nn.Linear):
-                    other.register_forward_hook(lambda _m, _x, h, a=step / 10: a * h)
-                else:
-                    other.scaling *= step / 10
-                right = [(twin(**b).logits.argmax(-1) == b["labels"]).float() for b in batches]
-                passing.append(torch.cat(right).mean().item() >= 0.99)
-            if passing == sorted(passing):  # monotone, as the search assumes
-                assert scores[name] == passing.index(True)
-                checked += scores[name] > 0
-        assert checked >= 3
+    alphas = [i / 10 for i in range(11)]
+
+    def record(measure, least):
+        curves.append([measure(a) for a in alphas])
+        return 0.0
+
+    monkeypatch.setattr(proxies, "smallest_alpha", record)
+    proxies.alpha_test(m, batches, whole_layer=whole)
+    varied = 0
+    for curve, (name, layer) in zip(curves, lora.adapters(m).items(), strict=True):
+        for a, got in zip(alphas, curve, strict=True):
+            twin = copy.deepcopy(m)
+            other = lora.adapters(twin)[name]
+            if whole and isinstance(layer.base, torch.nn.Linear):
+                for p in (other.base.weight, other.base.bias, other.lora_B):
+                    p.data *= a
+            else:
+                other.lora_B.data *= a
+            right = [twin(**x).logits.argmax(-1) == x["labels"] for x in batches]
+            assert got == torch.cat(right).double().mean().item()
+        varied += len(set(curve)) > 1
+    assert varied >= 2
+
+
+def test_alpha_test_keeps_99_percent_of_accuracy(monkeypatch):
+    m, batches = problem()
+    thresholds = []
+    monkeypatch.setattr(proxies, "smallest_alpha", lambda _, least: thresholds.append(least) or 3.0)
+    assert set(proxies.score("alpha_test", m, batches).values()) == {3.0}
+    right = [m(**x).logits.argmax(-1) == x["labels"] for x in batches]
+    expected = 0.99 * torch.cat(right).double().mean().item()
+    assert thresholds == pytest.approx([expected] * len(lora.adapters(m)))
     m = tiny.adapted("bert", num_labels=1)
     with pytest.raises(ValueError, match="needs accuracy"):
         proxies.score("alpha_test", m, [tiny.batch(m.config)])
