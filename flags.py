@@ -115,6 +115,17 @@ FLAGS = {  # name: (type, default, help)
         "together",
         "LoRA modules and shortcuts in one ranking (released: combined), or apart (separated)",
     ),
+    "delta-ratio": (number(float, -1e6, 1e6), 0.0, "Delta-LoRA's lambda; 0 = the weights stay"),
+    "delta-start": (
+        number(int, -1),
+        0,
+        "Delta-LoRA's K: weights first move after step K + 2; -1 = from the first step",
+    ),
+    "delta-lazy": (
+        one_of("yes", "no"),
+        "no",
+        "yes = leave the weights alone, add the same change in the forward pass",
+    ),
     "epochs": (number(int, 1), 12, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
@@ -159,6 +170,8 @@ PRESETS = {
     },
     "uniform-r2": {**RELEASED, "r": 2, "allocate": "none"},  # the same budget, spread evenly
 }
+# The only values for Delta-LoRA that can be sourced (reference: Algorithm 1's "in experiments").
+PRESETS["delta-lora"] = {**PRESETS["lora"], "r": 8, "delta_ratio": 2.0, "delta_start": 500}
 RESUMABLE = ("resume", "eval_only", "device", "data_dir")  # flags that may stand beside --resume
 
 
@@ -219,3 +232,16 @@ def refuse_conflicts(given, args):
     uniform = args["proxy"] == "uniform" and allocation != "none"
     if uniform and (allocation != "static" or budget is None):
         raise ValueError("--proxy uniform needs --allocate static and --budget-params N")
+    if args["delta_ratio"] == 0:
+        if "delta_start" in given or args["delta_lazy"] == "yes":
+            raise ValueError("--delta-start and --delta-lazy need --delta-ratio other than 0")
+        return
+    if args["lora_dropout"]:
+        raise ValueError("--delta-ratio needs --lora-dropout 0: dropout breaks dL/d(BA) = s dL/dW")
+    if not args["targets"]:
+        raise ValueError("--delta-ratio needs --targets: shortcuts have no weight to move")
+    reads_weights = ("synflow", "synflow_released", "snip_slot")
+    if args["delta_lazy"] == "yes" and allocation != "none" and args["proxy"] in reads_weights:
+        raise ValueError(
+            f"--proxy {args['proxy']} reads the weights, which --delta-lazy leaves behind"
+        )

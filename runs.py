@@ -130,7 +130,15 @@ def load_checkpoint(folder):
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def save_adapter(folder, tensors):
-    """dict our name -> tensor -> adapter.safetensors, names sorted."""
+def save_adapter(folder, tensors, about):
+    """adapter.safetensors: lora_A (r, in) and lora_B (out, r) of every module, and the head.
+
+    Args:
+        tensors: dict our name -> tensor, written sorted by name.
+        about: dict module -> {"r", "scaling", "enabled"}, in the metadata under "adapters": W_0 +
+        scaling * B A
+            is the weight of a module that is enabled.
+    """
     content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomic(folder / "adapter.safetensors", safetensors.torch.save(content, {"format": "pt"}))
+    metadata = {"adapters": json.dumps(about)}
+    write_atomic(folder / "adapter.safetensors", safetensors.torch.save(content, metadata))

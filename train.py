@@ -1,4 +1,5 @@
-"""Train HeteroLoRA (arXiv 2406.14956), or LoRA, on a pretrained transformer: python train.py
+"""Train HeteroLoRA (arXiv 2406.14956), Delta-LoRA (2309.02411) or LoRA on a pretrained transformer:
+python train.py
 
 Reads in the order of time: set-up, allocation, the loop, evaluation, the result. A run folder
 (runs.py) holds all that is needed to go on after an interruption, to the same bits.
@@ -28,6 +29,7 @@ import lora
 import proxies
 import runs
 import seeds
+from delta_lora import DeltaLoRA
 from model import load_pretrained
 
 EVAL_BATCH_SIZE = 64
@@ -61,6 +63,7 @@ class Run:
     device: torch.device
     notes: list  # lines for the person who started the run
     plan: allocate.Reallocator | None = None
+    delta: DeltaLoRA | None = None
     folder: Path | None = None
     epoch: int = 0  # finished ones
     batch: int = 0  # steps done in this epoch
@@ -110,8 +113,10 @@ def set_up(args):
     model.to(device)
     torch.manual_seed(args.seed)  # for dropout; everything else has a generator of its own
     optimizer = make_optimizer(model, args)
-    plan = make_plan(model, args)
-    return Run(args, task, model, optimizer, train_set, dev_set, device, notes, plan)
+    plan, delta = make_plan(model, args), None
+    if args.delta_ratio:
+        delta = DeltaLoRA(model, args.delta_ratio, args.delta_start, args.delta_lazy == "yes")
+    return Run(args, task, model, optimizer, train_set, dev_set, device, notes, plan, delta)
 
 
 def adapt(model, args):
@@ -171,6 +176,7 @@ def checkpoint_state(run):
         },
         "on": {name: layer.enabled for name, layer in lora.adapters(run.model).items()},
         "plan": run.plan.state() if run.plan else None,
+        "delta": run.delta.state() if run.delta else None,
         "log_lines": len(runs.read_log(run.folder)),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
@@ -198,6 +204,8 @@ def restore(run):
             parameter.copy_(state["parameters"][name])
     if run.plan:
         run.plan.load(state["plan"])
+    if run.delta:
+        run.delta.load(state["delta"])
     run.optimizer.load_state_dict(state["optimizer"])
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
@@ -323,7 +331,11 @@ def train_step(run, group, lr):
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
         settings["lr"] = lr
+    if run.delta:
+        run.delta.before_step()
     run.optimizer.step()
+    if run.delta:
+        run.delta.after_step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -406,6 +418,9 @@ def method(args):
     if not places:
         return "head alone"
     name = f"LoRA r={args.r} on {' + '.join(places)}"
+    if args.delta_ratio:
+        lazy = ", lazy" if args.delta_lazy == "yes" else ""
+        name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
     if args.allocate == "none":
         return name
     budget = (
@@ -424,7 +439,7 @@ def counts(run):
 def finish(run):
     """Write the adapter and the last line of the log; return the table that is printed."""
     adapters, head = counts(run)
-    runs.save_adapter(run.folder, trainable(run.model))
+    save_adapter(run)
     if not any(line["event"] == "done" for line in runs.read_log(run.folder)):
         runs.log(
             run.folder,
@@ -450,6 +465,20 @@ def finish(run):
     if run.plan and run.args.proxy != "uniform":
         rows["same budget, spread evenly"] = uniform_command(run, adapters)
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
+
+
+def save_adapter(run):
+    """adapter.safetensors: A, B and head; for Delta-LoRA the exported pairs, which hold W's change
+    too."""
+    tensors, layers = trainable(run.model), lora.adapters(run.model)
+    exported = run.delta.export() if run.delta else {}
+    about = {
+        name: {"r": a.r, "scaling": a.scaling, "enabled": a.enabled} for name, a in layers.items()
+    }
+    for name, (lora_A, lora_B) in exported.items():
+        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
+        about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
+    runs.save_adapter(run.folder, tensors, about)
 
 
 def uniform_command(run, budget):

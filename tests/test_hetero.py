@@ -223,7 +223,7 @@ def test_presets_are_the_released_settings():
     assert (uniform.r, uniform.allocate, uniform.epochs, uniform.shortcuts) == (2, "none", 3, "all")
     differ = {k for k, v in vars(uniform).items() if v != getattr(args, k)}
     assert differ <= {"r", "allocate", "preset", "epochs", "every", "score_batches"}
-    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2"}
+    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2", "delta-lora"}
 
 
 def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys, monkeypatch):

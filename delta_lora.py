@@ -1,0 +1,252 @@
+"""Delta-LoRA (arXiv 2309.02411, Algorithm 1): the frozen weight also moves, by the change of B A.
+
+    forward     h = W_t x + s B_t A_t x,     s = lora_alpha / r, no dropout on the branch
+    step        A, B by the optimizer (AdamW); W has no gradient and no moments
+    t > K       W_{t+1} = W_t + lambda s (B_{t+1} A_{t+1} - B_t A_t)
+
+    name            | symbol     | shape
+    ratio           | lambda     | number
+    start           | K          | integer; t counts optimizer steps from 0
+    layer.scaling   | s          | number
+    old_A, old_B    | A_t, B_t   | (r, in), (out, r)  copies, taken before the optimizer's step
+    begin, end      | P_begin, … | (A, B) where a stretch of moving W began and ended
+
+WHEN. As Algorithm 1 is written, t from 0 and the strict t > K: start=K moves W first after
+optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), P(n) = B A after n steps. start=-1 moves
+it from the first step on.
+
+WHAT IT IS. The increments telescope: after T steps W_T - W_0 = lambda s (P_T - P_{K+1}). So the
+effective weight W_0 + (1 + lambda) s P_T - lambda s P_{K+1} is W_0 plus a matrix of rank <= 2r (<=
+r with start=-1): an ordinary LoRA adapter, which export() returns. The update is not "high-rank" in
+the end, whatever the path.
+
+WITH AN ALLOCATION. A module that is off does not move W, and keeps what W has. Its stretch ends
+with the switch, and is kept; when it returns a new one begins from the pair as it is then. Over all
+stretches W_T - W_0 = lambda s sum (P_end - P_begin): what returns unchanged cancels, and the rank
+is <= 2r again.
+
+"Adapter off" is W_T, not W_0. Merging is W_T + s B A, scale s: W_T holds the lambda part already.
+
+deviates: nothing. What this file does not do: dropout on the branch (refused: it makes dL/d(BA)
+differ from s dL/dW, the reason for which the paper removes it), weights of 16 bits or less, tied
+weights.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora import adapters
+
+
+def delta_update_(weight, new_A, new_B, old_A, old_B, coefficient):
+    """W <- W + coefficient (B' A' - B A), in place, one addmm_: no (out, in) temporary.
+
+    B' A' - B A = [B', -B] [A'; A]        (Algorithm 1, the last line of the loop)
+
+    Args:
+        weight: (out, in), changed in place.
+        new_A, new_B: (r, in), (out, r) after the optimizer's step. old_A, old_B: before it.
+        coefficient: lambda s.
+    """
+    left = torch.cat([new_B, -old_B], dim=1)  # (out, 2r)
+    right = torch.cat([new_A, old_A], dim=0)  # (2r, in)
+    weight.addmm_(left, right, alpha=coefficient)
+
+
+def refuse_unsuitable(model, layers, ratio, start, lazy):
+    """Raises ValueError where Delta-LoRA would be wrong, with the module and the reason."""
+    if not math.isfinite(ratio):
+        raise ValueError(f"ratio is {ratio}, allowed: a finite number (the paper's lambda)")
+    if not isinstance(start, int) or start < -1:
+        raise ValueError(
+            f"start is {start!r}, allowed: an integer from -1 (from the first step) up"
+        )
+    if not any(isinstance(layer.base, nn.Linear) for layer in layers.values()):
+        raise ValueError(
+            "Delta-LoRA needs LoRA modules on linear layers: there is no weight to move"
+        )
+    owners = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), set()).add(f"{name}.{key}")
+    for name, layer in layers.items():
+        if layer.lora_dropout:
+            raise ValueError(
+                f"{name} has lora_dropout {layer.lora_dropout}: Delta-LoRA needs 0, for with it "
+                "the change of "
+                "B A no longer stands for the gradient of W"
+            )
+        if layer.merged:
+            raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
+        if not isinstance(layer.base, nn.Linear) or lazy:
+            continue
+        weight = layer.base.weight
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} has a weight in {weight.dtype}: most increments would be rounded away, "
+                "hold it in float32"
+            )
+        if weight.requires_grad:
+            raise ValueError(f"{name} has a trainable weight: freeze it (lora.mark_trainable)")
+        if len(owners[id(weight)]) > 1:
+            shared = ", ".join(sorted(owners[id(weight)]))
+            raise ValueError(f"{name} has a weight that is shared ({shared}): moving it moves both")
+
+
+def combine(terms):
+    """Sum of c B A with equal pairs collected: [(A, B, c)] -> the same without what cancels or is
+    0."""
+    result = []
+    for A, B, c in terms:
+        for i, (other_A, other_B, other_c) in enumerate(result):
+            if torch.equal(A, other_A) and torch.equal(B, other_B):
+                result[i] = (A, B, c + other_c)
+                break
+        else:
+            result.append((A, B, c))
+    return [(A, B, c) for A, B, c in result if c != 0 and B.any()]
+
+
+class DeltaLoRA:
+    """Two calls around optimizer.step(): before_step() copies A and B, after_step() moves W.
+
+    Once per optimizer step, never per micro-batch and never in forward. Only modules with a linear
+    base, and only while they are on.
+
+    Args:
+        model: model.Transformer with adapters, its weights frozen.
+        ratio: lambda.
+        start: K; W first moves after optimizer step K + 2; -1 = from the first.
+        lazy: leave W_0 alone and let the forward pass add lambda s (sg[B A] - P_begin) x, sg = no
+        gradient
+            to A and B: the same losses on a base that is shared or read-only, for two more pairs of
+            thin products in each module.
+
+    Raises:
+        ValueError: see refuse_unsuitable.
+    """
+
+    def __init__(self, model, ratio=0.5, start=500, lazy=False):
+        layers = adapters(model)
+        refuse_unsuitable(model, layers, ratio, start, lazy)
+        self.layers = {n: a for n, a in layers.items() if isinstance(a.base, nn.Linear)}
+        self.ratio, self.start, self.lazy = ratio, start, lazy
+        self.t = 0  # optimizer steps done
+        self.old = {}  # name -> (A_t, B_t) of the step that is under way
+        self.begin = {}  # name -> (A, B) where the stretch that is open began
+        self.ended = {
+            name: [] for name in self.layers
+        }  # name -> [(A, B, sign)] of those that ended
+        if lazy:
+            for name, layer in self.layers.items():
+                hook = self.lazy_hook(name)
+                layer.base.register_forward_hook(hook)
+
+    def pair(self, name):
+        layer = self.layers[name]
+        return layer.lora_A.detach(), layer.lora_B.detach()
+
+    def before_step(self):
+        """Call after backward (and clipping), before optimizer.step()."""
+        self.old = {}
+        for name, layer in self.layers.items():
+            if not layer.enabled:
+                self.end_stretch(name)
+            elif self.t > self.start:  # strict, t from 0: Algorithm 1
+                self.old[name] = tuple(p.clone() for p in self.pair(name))
+                self.begin.setdefault(name, self.old[name])
+
+    @torch.no_grad()
+    def after_step(self):
+        """Call after optimizer.step(): W <- W + lambda s (B' A' - B A)."""
+        if not self.lazy:
+            for name, (old_A, old_B) in self.old.items():
+                layer = self.layers[name]
+                coefficient = self.ratio * layer.scaling
+                delta_update_(layer.base.weight, *self.pair(name), old_A, old_B, coefficient)
+        self.old = {}
+        self.t += 1
+
+    def end_stretch(self, name):
+        """End a module's stretch where its pair stands now: it went off, or its pair is about to be
+        redrawn."""
+        if name in self.begin:
+            end = tuple(p.clone() for p in self.pair(name))
+            self.ended[name] += [(*end, 1), (*self.begin.pop(name), -1)]
+
+    def terms(self, name):
+        """W - W_0 = lambda s sum (P_end - P_begin) as [(A, B, c)], W - W_0 = sum c B A."""
+        terms = list(self.ended[name])
+        if name in self.begin:
+            terms += [(*self.pair(name), 1), (*self.begin[name], -1)]
+        coefficient = self.ratio * self.layers[name].scaling
+        return combine([(A, B, sign * coefficient) for A, B, sign in terms])
+
+    def lazy_hook(self, name):
+        """Adds lambda s sum sign B A x to what the untouched W_0 gives."""
+
+        def add(_module, inputs, output):
+            for A, B, c in self.terms(name):
+                thin = F.linear(inputs[0], A)  # (b, t, r)
+                output = output + F.linear(thin, c * B)  # (b, t, out)
+            return output
+
+        return add
+
+    def export(self):
+        """The whole result as an ordinary LoRA adapter on the original weights W_0.
+
+        B' = [(1 + lambda) s B_T, -lambda s B_begin, …], A' = [A_T; A_begin; …], scale 1; W is not
+        needed.
+
+        Returns:
+            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, R = 0 for a module that never
+            was on.
+        """
+        result = {}
+        for name, layer in self.layers.items():
+            terms = self.terms(name)
+            if layer.enabled:
+                terms = combine([(*self.pair(name), layer.scaling), *terms])
+            A, B = self.pair(name)
+            result[name] = (
+                torch.cat([A[:0], *(A for A, _, _ in terms)]),  # (R, in)
+                torch.cat([B[:, :0], *(c * B for _, B, c in terms)], 1),  # (out, R)
+            )
+        return result
+
+    @torch.no_grad()
+    def back_to_pretrained(self):
+        """W_T -> W_0 by subtracting lambda s sum sign P: exact up to rounding (reload for the
+        bits).
+
+        A, B stay; stretches are forgotten, so that W can move anew.
+        """
+        for name, layer in self.layers.items():
+            if not self.lazy:
+                for A, B, c in self.terms(name):
+                    layer.base.weight.addmm_(B, A, alpha=-c)
+            self.begin.pop(name, None)
+            self.ended[name] = []
+
+    def state(self):
+        """For a checkpoint: the position, the stretches, and W itself, since only its bits resume
+        to the bits."""
+        weights = {} if self.lazy else {n: a.base.weight.detach() for n, a in self.layers.items()}
+        return {"t": self.t, "begin": self.begin, "ended": self.ended, "weights": weights}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Put back what state() gave, on the model's device."""
+        device = next(iter(self.layers.values())).lora_A.device
+        self.t = state["t"]
+        self.begin = {n: tuple(p.to(device) for p in pair) for n, pair in state["begin"].items()}
+        self.ended = {
+            n: [(A.to(device), B.to(device), sign) for A, B, sign in terms]
+            for n, terms in state["ended"].items()
+        }
+        for name, weight in state["weights"].items():
+            self.layers[name].base.weight.copy_(weight)
