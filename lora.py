@@ -218,6 +218,17 @@ def mark_trainable(model):
     return count_trainable(model)
 
 
+def trainable(model):
+    """dict name -> parameter, in a fixed order: adapters that are on or off, then the head."""
+    found = {}
+    for name, layer in adapters(model).items():
+        found |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    for module in model.head:
+        for name, parameter in model.get_submodule(module).named_parameters():
+            found[f"{module}.{name}"] = parameter
+    return found
+
+
 def count_trainable(model):
     """dict name -> trainable parameters: r * (in + out) for an adapter that is on; the head
     modules."""

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 import types
-import warnings
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from tqdm import tqdm
 import allocate
 import data
 import flags
+import hetero
 import lora
-import proxies
+import report
 import runs
 import seeds
 from delta_lora import DeltaLoRA
@@ -75,17 +75,6 @@ class Run:
     stop: bool = False  # Ctrl-C was pressed
 
 
-def trainable(model):
-    """dict name -> parameter, in a fixed order: adapters that are on or off, then the head."""
-    found = {}
-    for name, layer in lora.adapters(model).items():
-        found |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
-    for module in model.head:
-        for name, parameter in model.get_submodule(module).named_parameters():
-            found[f"{module}.{name}"] = parameter
-    return found
-
-
 def set_up(args):
     """Load data and model, inject, build the optimizer. Raises ValueError or OSError on bad
     input."""
@@ -113,7 +102,7 @@ def set_up(args):
     model.to(device)
     torch.manual_seed(args.seed)  # for dropout; everything else has a generator of its own
     optimizer = make_optimizer(model, args)
-    plan, delta = make_plan(model, args), None
+    plan, delta = hetero.make_plan(model, args), None
     if args.delta_ratio:
         delta = DeltaLoRA(model, args.delta_ratio, args.delta_start, args.delta_lazy == "yes")
     return Run(args, task, model, optimizer, train_set, dev_set, device, notes, plan, delta)
@@ -137,35 +126,15 @@ def adapt(model, args):
 
 
 def make_optimizer(model, args):
-    return torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=args.weight_decay)
-
-
-def make_plan(model, args):
-    """The schedule of allocations, or None; refuses a budget that no allocation can meet."""
-    if args.allocate == "none":
-        return None
-    layers = lora.adapters(model)
-    costs = {name: a.r * (a.in_features + a.out_features) for name, a in layers.items()}
-    if args.budget_params is not None:
-        smallest = costs if args.per_rank == "no" else {n: c // args.r for n, c in costs.items()}
-        allocate.check_budget(args.budget_params, smallest)
-    else:
-        allocate.keep_top(costs, args.keep)
-    return allocate.Reallocator(
-        costs,
-        args.allocate,
-        args.keep,
-        args.budget_params,
-        args.every,
-        args.rank == "together",
-        seeds.generator(args.seed, "allocation"),
+    return torch.optim.AdamW(
+        lora.trainable(model).values(), lr=args.lr, weight_decay=args.weight_decay
     )
 
 
 def checkpoint_state(run):
     """What a checkpoint holds."""
     return {
-        "parameters": {name: p.detach() for name, p in trainable(run.model).items()},
+        "parameters": {name: p.detach() for name, p in lora.trainable(run.model).items()},
         "optimizer": run.optimizer.state_dict(),
         "position": {"epoch": run.epoch, "batch": run.batch, "step": run.step},
         "metrics": {
@@ -196,7 +165,7 @@ def restore(run):
             layer.keep_ranks(list(range(len(stored))))
         layer.enabled = state["on"].get(name, True)
     run.optimizer = make_optimizer(run.model, run.args)
-    parameters = trainable(run.model)
+    parameters = lora.trainable(run.model)
     if set(parameters) != set(state["parameters"]):
         raise ValueError(f"{run.folder}/checkpoint.pt belongs to other flags than its config.json")
     with torch.no_grad():
@@ -219,66 +188,18 @@ def restore(run):
 
 
 def allocate_now(run, say):
-    """Score, choose, switch; say is called with lines for the person at the terminal.
-
-    Before a step, never inside one: no half-accumulated gradient exists that scoring could meet.
-    """
-    args, plan, started = run.args, run.plan, time.monotonic()
-    layers = lora.adapters(run.model)
-    rank_costs = {name: cost // layers[name].r for name, cost in plan.costs.items()}
-    if args.proxy == "uniform":
-        kept = allocate.uniform_ranks(rank_costs, args.r, args.budget_params)
-        switch_ranks(run, kept, dict.fromkeys(kept, 1.0))
-    elif args.per_rank == "yes":
-        scores = proxies.score_ranks(args.proxy, run.model, score_batches(run))
-        kept = allocate.ranks_within_budget(scores, rank_costs, args.budget_params, plan.generator)
-        switch_ranks(run, kept, scores)
-    else:
-        if args.proxy in allocate.BASELINES:
-            scores = allocate.baseline_scores(args.proxy, plan.costs, plan.generator)
-        else:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                scores = proxies.score(args.proxy, run.model, score_batches(run))
-            for warning in caught:
-                say(f"note: {warning.message}")
-        on = plan.decide(scores, run.step, run.epoch)
-        for name, layer in layers.items():
-            layer.enabled = name in on
-    seconds = time.monotonic() - started
+    """Decide which modules are on, and write it down."""
+    args = run.args
+    chosen = data.in_order(run.train, args.batch_size)[: args.score_batches]  # the same every time
+    batches = [batch_of(run, [run.train[i] for i in indices]) for indices in chosen]
+    seconds = hetero.reallocate(run.model, run.plan, args, batches, run.step, run.epoch, say)
     run.score_seconds += seconds
-    levels = levels_of(run)
-    say(f"step {run.step}: {args.proxy} chose")
-    say(allocate.grid(levels, plan.costs, args.budget_params))
+    if args.proxy == "uniform" or args.per_rank == "yes":
+        run.optimizer = make_optimizer(run.model, args)  # of the shrunken parameters; before step 1
     if run.folder:
-        adapters, _ = counts(run)
-        on = sum(level > 0 for level in levels.values())
-        runs.log(run.folder, "score", step=run.step, on=on, parameters=adapters, seconds=seconds)
+        adapters, _ = report.counts(run)
+        runs.log(run.folder, "score", step=run.step, parameters=adapters, seconds=seconds)
         write_history(run)
-
-
-def switch_ranks(run, kept, scores):
-    """Shrink every module to its ranks; new parameters, so a new optimizer (before the first
-    step)."""
-    for name, layer in lora.adapters(run.model).items():
-        layer.enabled = bool(kept[name])
-        if kept[name] and len(kept[name]) < layer.r:
-            layer.keep_ranks(kept[name])
-    run.optimizer = make_optimizer(run.model, run.args)
-    run.plan.record(run.step, run.epoch, scores, kept)
-
-
-def score_batches(run):
-    """The first --score-batches batches of the training set, unshuffled: the same at every
-    decision."""
-    chosen = data.in_order(run.train, run.args.batch_size)[: run.args.score_batches]
-    return [batch_of(run, [run.train[i] for i in indices]) for indices in chosen]
-
-
-def levels_of(run):
-    """dict name -> share of the module's full rank that is on, 0 … 1."""
-    layers = lora.adapters(run.model)
-    return {name: layer.r / run.args.r * layer.enabled for name, layer in layers.items()}
 
 
 def write_history(run):
@@ -326,7 +247,7 @@ def train_step(run, group, lr):
             raise NotFinite(f"the loss of step {run.step + 1} is {part.item()}")
         part.backward()
         loss += part.item()
-    parameters = [p for p in trainable(run.model).values() if p.grad is not None]
+    parameters = [p for p in lora.trainable(run.model).values() if p.grad is not None]
     if run.args.clip:
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
@@ -382,7 +303,7 @@ def train(run):
             if run.best is None or run.last[headline] > run.best[headline]:
                 run.best = {**run.last, "epoch": run.epoch}
             runs.log(run.folder, "eval", step=run.step, epoch=run.epoch, **run.last)
-            bar.write(f"epoch {run.epoch}: {show(run.last)}")
+            bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
             save(run)
 
 
@@ -404,95 +325,7 @@ def evaluate(run, limit=None):
     return data.metrics(run.task, predictions, labels)
 
 
-# ------------------------------------------------------------------------------------------- result
-
-
-def show(metrics):
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch")
-
-
-def method(args):
-    """The method in one line."""
-    places = [p for p in (",".join(args.targets), f"{args.shortcuts} shortcuts") if p]
-    places = [p for p in places if p != "none shortcuts"]
-    if not places:
-        return "head alone"
-    name = f"LoRA r={args.r} on {' + '.join(places)}"
-    if args.delta_ratio:
-        lazy = ", lazy" if args.delta_lazy == "yes" else ""
-        name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
-    if args.allocate == "none":
-        return name
-    budget = (
-        f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
-    )
-    return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
-
-
-def counts(run):
-    """(trainable parameters of the adapters that are on, of the head)."""
-    per_module = lora.count_trainable(run.model)
-    head = sum(n for name, n in per_module.items() if name in run.model.head)
-    return sum(per_module.values()) - head, head
-
-
-def finish(run):
-    """Write the adapter and the last line of the log; return the table that is printed."""
-    adapters, head = counts(run)
-    save_adapter(run)
-    if not any(line["event"] == "done" for line in runs.read_log(run.folder)):
-        runs.log(
-            run.folder,
-            "done",
-            **run.last,
-            best=run.best,
-            trainable={"adapters": adapters, "head": head},
-            seconds=round(run.seconds, 2),
-            score_seconds=round(run.score_seconds, 2),
-        )
-    rows = {
-        "method": method(run.args),
-        "trainable": f"{adapters:,} in adapters + {head:,} in the head",
-        "final": show(run.last),
-        "best": f"{show(run.best)} (epoch {run.best['epoch']})",
-        "seconds": f"{run.seconds:.1f}",
-    }
-    if run.plan:
-        share = run.score_seconds / max(run.seconds, 1e-9)
-        rows["seconds"] += f", {run.score_seconds:.1f} of them ({share:.0%}) for scoring"
-        rows["allocated"] = f"{len(run.plan.history)} times; python tools/plot.py {run.folder}"
-    rows["run folder"] = str(run.folder)
-    if run.plan and run.args.proxy != "uniform":
-        rows["same budget, spread evenly"] = uniform_command(run, adapters)
-    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
-
-
-def save_adapter(run):
-    """adapter.safetensors: A, B and head; for Delta-LoRA the exported pairs, which hold W's change
-    too."""
-    tensors, layers = trainable(run.model), lora.adapters(run.model)
-    exported = run.delta.export() if run.delta else {}
-    about = {
-        name: {"r": a.r, "scaling": a.scaling, "enabled": a.enabled} for name, a in layers.items()
-    }
-    for name, (lora_A, lora_B) in exported.items():
-        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
-        about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
-    runs.save_adapter(run.folder, tensors, about)
-
-
-def uniform_command(run, budget):
-    """The command of the baseline that spends the same parameters on every module alike."""
-    a = run.args
-    given = {"task": a.task, "data-dir": a.data_dir, "seed": a.seed, "allocate": "static"}
-    given |= {"proxy": "uniform", "budget-params": budget}
-    for name, (_, default, _) in flags.FLAGS.items():
-        value = getattr(a, name.replace("-", "_"))
-        allocation = ("keep", "every", "score-batches", "rank", "per-rank", "out", "device")
-        if name not in given and name not in allocation and value != default:
-            given[name] = ",".join(value) if isinstance(value, list) else value
-    text = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
-    return f"\n  python train.py {text}"
+# --------------------------------------------------------------------------------------------- main
 
 
 def dry_run(run):
@@ -501,7 +334,8 @@ def dry_run(run):
         allocate_now(run, print)
     loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
     metrics = evaluate(run, limit=EVAL_BATCH_SIZE)
-    return f"dry run: loss {loss:.4f}, {show(metrics)} on {len(run.dev[:EVAL_BATCH_SIZE])} examples"
+    n = min(EVAL_BATCH_SIZE, len(run.dev))
+    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples"
 
 
 def prepare(args):
@@ -551,12 +385,10 @@ def main(argv=None):
         print(dry_run(run))
         return 0
     if args.eval_only:
-        print(show(evaluate(run)))
+        print(report.show(evaluate(run)))
         return 0
-    print(
-        f"{method(args)} on {args.task}: {len(run.train)} training, {len(run.dev)} development "
-        "examples"
-    )
+    print(f"{report.method(args)}")
+    print(f"{args.task}: {len(run.train)} training, {len(run.dev)} development examples")
     stop_on_signal(run)
     try:
         train(run)
@@ -570,7 +402,7 @@ def main(argv=None):
     if run.stop:
         print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
         return 130
-    print(finish(run))
+    print(report.finish(run))
     return 0
 
 

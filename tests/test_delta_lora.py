@@ -31,7 +31,7 @@ def adamw(m, lr=0.02, eps=1e-8, decay=0.1):
 
 
 def sgd(m, lr=0.02):
-    return torch.optim.SGD(train.trainable(m).values(), lr=lr)
+    return torch.optim.SGD(lora.trainable(m).values(), lr=lr)
 
 
 def run(m, steps, optimizer, delta=None, clip=None, watch=None, switch=None):
@@ -43,7 +43,7 @@ def run(m, steps, optimizer, delta=None, clip=None, watch=None, switch=None):
         loss = m(**tiny.batch(m.config, seed=step)).loss
         loss.backward()
         if clip:
-            nn.utils.clip_grad_norm_(train.trainable(m).values(), clip)
+            nn.utils.clip_grad_norm_(lora.trainable(m).values(), clip)
         if delta:
             delta.before_step()
         optimizer.step()

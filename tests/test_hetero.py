@@ -11,6 +11,7 @@ import torch
 from test_train import events, same
 
 import allocate
+import hetero
 import lora
 import runs
 import train
@@ -91,7 +92,7 @@ def test_on_off_on_keeps_weights_and_moments(flags, tmp_path, monkeypatch):
         record.append((layer.enabled, layer.lora_A.grad, [p.detach().clone() for p in parts]))
         return loss
 
-    monkeypatch.setattr(train.proxies, "score", scripted)
+    monkeypatch.setattr(hetero.proxies, "score", scripted)
     monkeypatch.setattr(train, "train_step", watched)
     extra = [
         "--epochs",

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import lora
+import report
 import runs
 import train
 from flags import parse_flags as flags_of
@@ -135,7 +136,7 @@ def test_eval_only_prints_the_metric_of_the_run(flags, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert train.main(["--eval-only", "--resume", str(out)]) == 0
     last = runs.read_log(out)[-1]
-    assert train.show({k: last[k] for k in ("accuracy", "f1")}) in capsys.readouterr().out
+    assert report.show({k: last[k] for k in ("accuracy", "f1")}) in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
@@ -167,7 +168,7 @@ def test_frozen_weights_do_not_move(flags, tmp_path):
     for group in train.epoch_steps(run, 0):
         train.train_step(run, group, 0.1)
     moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == set(train.trainable(run.model))
+    assert moved == set(lora.trainable(run.model))
 
 
 def test_accumulation_equals_one_large_batch(flags):
@@ -177,7 +178,7 @@ def test_accumulation_equals_one_large_batch(flags):
         run = train.set_up(flags_of([*flags, "--clip", "0.05"]))
         run.model.double()
         loss = train.train_step(run, groups, 0.1)
-        results.append((loss, train.trainable(run.model)))
+        results.append((loss, lora.trainable(run.model)))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-12)
     for name, parameter in results[0][1].items():
         torch.testing.assert_close(parameter, results[1][1][name], rtol=0, atol=1e-9)
@@ -186,10 +187,10 @@ def test_accumulation_equals_one_large_batch(flags):
 def test_clipping_bounds_the_gradient(flags, monkeypatch):
     """With plain SGD of rate 1, the step is as long as the clipped gradient."""
     run = train.set_up(flags_of([*flags, "--clip", "0.01"]))
-    run.optimizer = torch.optim.SGD(train.trainable(run.model).values(), lr=1.0)
-    before = {n: p.detach().clone() for n, p in train.trainable(run.model).items()}
+    run.optimizer = torch.optim.SGD(lora.trainable(run.model).values(), lr=1.0)
+    before = {n: p.detach().clone() for n, p in lora.trainable(run.model).items()}
     train.train_step(run, [[0, 1, 2]], 1.0)
-    moved = [(p.detach() - before[n]).norm() ** 2 for n, p in train.trainable(run.model).items()]
+    moved = [(p.detach() - before[n]).norm() ** 2 for n, p in lora.trainable(run.model).items()]
     assert sum(moved).sqrt().item() == pytest.approx(0.01, rel=1e-3)
 
 

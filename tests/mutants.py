@@ -1,0 +1,171 @@
+"""Wrong variants of the formulas, each of which some test must notice: python tests/mutants.py [WORD …]
+
+Each mutant is one edit of a source file. It is applied to a copy of the project, the test files that concern it are run,
+and it is killed if one fails. With words, only mutants whose description holds one of them. Exit code 1 if one
+survives, or if an edit no longer fits its file.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).parents[1]
+LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
+PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.py"
+DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
+
+# fmt: off
+MUTANTS = [  # (file, old, new, what is wrong, tests)
+    # ------------------------------------------------------------------------------------ lora.py
+    ("lora.py", "= lora_alpha / r\n", "= lora_alpha\n", "scale alpha instead of alpha / r", LORA),
+    ("lora.py", "= lora_alpha / r\n", "= lora_alpha / r**0.5\n", "scale of rsLoRA", LORA),
+    ("lora.py", "self.scaling * self.lora_B)  # (b", "self.lora_B)  # (b", "forward without the scale", LORA),
+    ("lora.py", "return self.scaling * (self", "return 1.0 * (self", "delta_w without the scale", LORA),
+    ("lora.py", "bound = in_features**-0.5", "bound = out_features**-0.5", "A drawn by fan-out", LORA),
+    ("lora.py", "(2 * uniform - 1) * bound", "uniform * bound", "A drawn from (0, bound)", LORA),
+    ("lora.py", 'f"lora_A/{name}"', 'f"lora_A/{place}"', "A the same in every layer", LORA),
+    ("lora.py", "if self.merged or not self.enabled:", "if self.merged:", "off modules stay in", LORA),
+    ("lora.py", "layer.base.weight += layer.delta_w()", "layer.base.weight += layer.delta_w() / layer.scaling", "merge without the scale", LORA),
+    ("lora.py", "copy_(layer.weight_before_merge)", "sub_(layer.delta_w())", "unmerge by subtraction", LORA),
+    ("lora.py", "if a.enabled and isinstance(a.base, nn.Linear)}", "if isinstance(a.base, nn.Linear)}", "merge takes modules that are off", LORA),
+    ("lora.py", "    model.requires_grad_(False)\n", "", "nothing is frozen", LORA),
+    ("lora.py", "self.lora_alpha = self.scaling * self.r", "self.scaling = self.lora_alpha / self.r", "fewer ranks change the scale", HETERO),
+    ("lora.py", "lora_B.detach()[:, kept]", "lora_B.detach()[:, : len(kept)]", "kept rows of A with other columns of B", HETERO),
+    ("lora.py", "alpha = (d, d), shortcut_alpha", "alpha = (d, d), lora_alpha", "shortcuts with the modules' alpha", SHORTCUTS),
+    # -------------------------------------------------------------------- model.py: attention, shortcuts
+    ("model.py", "x = self.residual_1(sa_input) + self.drop(h)", "x = self.residual_1(h) + self.drop(sa_input)", "residual_1 on the wrong summand", SHORTCUTS),
+    ("model.py", "x = self.residual_2(ffn_input)", "x = self.residual_2(sa_input)", "residual_2 around both sub-layers", SHORTCUTS),
+    ("model.py", "self.shortcut_sa, sa_input, self.ffn_norm)", "self.shortcut_sa, ffn_input, self.ffn_norm)", "shortcut_sa from the FFN's input", SHORTCUTS),
+    ("model.py", "self.shortcut_ffn, previous_ffn_input, self.attn_norm)", "self.shortcut_ffn, sa_input, self.attn_norm)", "shortcut_ffn from this block", SHORTCUTS),
+    ("model.py", "return norm(x) if self.config", "return norm(norm(x)) if self.config", "reuse normalises twice", SHORTCUTS),
+    ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.enabled and self.config.shortcut_norm", "reuse only where the shortcut is on", SHORTCUTS),
+    ("model.py", "is_causal=causal,", "is_causal=False,", "every token sees the future", MODEL),
+    ("model.py", "attn_mask=None if causal else key_mask", "attn_mask=None", "padding is attended to", MODEL),
+    ("model.py", "q = self.split_heads(self.q_proj(queries))", "q = self.split_heads(self.q_proj(queries)) * 0.5", "attention scaled twice", MODEL),
+    ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", MODEL),
+    ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", MODEL),
+    ("model.py", "+ self.config.position_offset  # (t,)", "# (t,)", "positions without the offset", MODEL),
+    # --------------------------------------------------------------------------------- proxies.py
+    ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", PROXIES),
+    ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() ** 2 + b.norm() ** 2).sqrt().item()", "grad_norm: the norm of both", PROXIES),
+    ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() + b.norm()).item() ** 2", "grad_norm squared", PROXIES),
+    ("proxies.py", "(layer.lora_A * a).abs().sum() + (layer", "(layer.lora_A * a).sum().abs() + (layer", "snip: absolute value of the sum", PROXIES),
+    ("proxies.py", "+ (layer.lora_B * b).abs().sum()).item()", ").item()", "snip without B", PROXIES),
+    ("proxies.py", "        parameter.data.abs_()\n", "", "synflow without absolute values", PROXIES),
+    ("proxies.py", "        block.attn_norm = block.ffn_norm = nn.Identity()\n", "", "synflow with LayerNorm", PROXIES),
+    ("proxies.py", "(s / s.detach()) @ v", "(s.detach() / s.detach()) @ v", "synflow: no flow through q and k", PROXIES),
+    ("proxies.py", "    model.final_norm = nn.Identity()\n", "", "synflow with the last LayerNorm", PROXIES),
+    ("proxies.py", "[(p.detach() * h).sum().item() for", "[-(p.detach() * h).sum().item() for", "grasp with the other sign", PROXIES),
+    ("proxies.py", "total / 2 / count", "total / count", "fisher without the half", PROXIES),
+    ("proxies.py", "(a * g).sum(1).square().sum()", "(a * g).square().sum()", "fisher: squares before the sum", PROXIES),
+    ("proxies.py", "high = middle\n", "high = middle - 1\n", "alpha: wrong binary search", PROXIES),
+    ("proxies.py", "(1 - ALPHA_TOLERANCE) *", "1.0 *", "alpha: no tolerance", PROXIES),
+    ("proxies.py", "a * h if whole else h", "h", "released alpha does not scale the layer", PROXIES),
+    ("proxies.py", "(eye * residual)", "(eye * 1.0)", "slot of a cross shortcut taken for an identity", PROXIES),
+    ("proxies.py", "(w * g).abs().sum().item()", "(w * g).sum().abs().item()", "snip_slot: absolute value of the sum", PROXIES),
+    ("proxies.py", "            layer.enabled = enabled[name]\n", "            pass\n", "scoring leaves everything on", PROXIES),
+    ("proxies.py", "            module.training = mode\n", "            pass\n", "scoring leaves eval mode", PROXIES),
+    ("proxies.py", "                layer.base = bases[name]\n", "                pass\n", "slots leave dense bases behind", PROXIES),
+    ("proxies.py", "a.norm(dim=1) + b.norm(dim=0)", "a.norm(dim=1) + b.norm()", "rank scores share B's whole norm", PROXIES),
+    # -------------------------------------------------------------------------------- allocate.py
+    ("allocate.py", "math.floor(keep * len(modules)), round", "round(keep * len(modules)), round", "round for modules", ALLOCATE),
+    ("allocate.py", "round(keep * len(shortcuts))", "math.floor(keep * len(shortcuts))", "floor for shortcuts", ALLOCATE),
+    ("allocate.py", "sorted(scores.values(), reverse=True)", "sorted(scores.values())", "the worst are kept", ALLOCATE),
+    ("allocate.py", "set(shuffled(tied, generator)[", "set(sorted(tied)[", "ties by name", ALLOCATE),
+    ("allocate.py", "names = sorted(names)\n", "names = list(names)\n", "ties depend on the order of names", ALLOCATE),
+    ("allocate.py", "fits = new_w <= budget", "fits = new_w < budget", "a budget that is met exactly is refused", ALLOCATE),
+    ("allocate.py", "np.argsort(-values / weights", "np.argsort(-values * weights", "items by value times weight", ALLOCATE),
+    ("allocate.py", "return whole + part, whole", "return whole, whole", "no bound for the fractional part", ALLOCATE),
+    ("allocate.py", "if taken[state]:", "if not taken[state]:", "the complement is chosen", ALLOCATE),
+    ("allocate.py", "math.ceil(exact)) == 0", "math.floor(exact)) == 0", "interval rounded down", ALLOCATE),
+    ("allocate.py", "return step_in_epoch %", "return step %", "steps counted over epochs", ALLOCATE),
+    ("allocate.py", "round(self.every * steps_per_epoch, 9)", "self.every * steps_per_epoch", "0.1 * 30 is more than 3", ALLOCATE),
+    # ------------------------------------------------------------------------------ delta_lora.py
+    ("delta_lora.py", "[new_B, -old_B]", "[new_B, old_B]", "new plus old product", DELTA),
+    ("delta_lora.py", "[new_B, -old_B]", "[old_B, -new_B]", "old minus new product", DELTA),
+    ("delta_lora.py", "right = torch.cat([new_A, old_A], dim=0)", "right = torch.cat([new_A - old_A, new_A - old_A], dim=0)", "second order: (dB)(dA)", DELTA),
+    ("delta_lora.py", "coefficient = self.ratio * layer.scaling\n", "coefficient = self.ratio\n", "lambda without the scale", DELTA),
+    ("delta_lora.py", "coefficient = self.ratio * layer.scaling\n", "coefficient = self.ratio**2 * layer.scaling\n", "lambda squared", DELTA),
+    ("delta_lora.py", "old_A, old_B, coefficient)\n", "*self.pair(name), coefficient)\n", "copy taken after the step: no change", DELTA),
+    ("delta_lora.py", "old_A, old_B, coefficient)\n", "0 * old_A, 0 * old_B, coefficient)\n", "whole product at every step", DELTA),
+    ("delta_lora.py", "elif self.t > self.start:", "elif self.t >= self.start:", "start one step early", DELTA),
+    ("delta_lora.py", "if not layer.enabled:\n                self.end", "if False:\n                self.end", "modules that are off are taken for on", DELTA),
+    ("delta_lora.py", "[(*end, 1), (*self.begin.pop(name), -1)]", "[(*end, 1)]", "a stretch without its beginning", DELTA),
+    ("delta_lora.py", "self.begin.setdefault(name, self.old[name])", "self.begin[name] = self.old[name]", "every step begins a stretch", DELTA),
+    ("delta_lora.py", "combine([(*self.pair(name), layer.scaling), *terms])", "combine([(*self.pair(name), (1 + self.ratio) * layer.scaling), *terms])", "lambda counted twice in the export", DELTA),
+    ("delta_lora.py", "F.linear(thin, c * B)", "F.linear(thin, B)", "lazy branch without lambda s", DELTA),
+    # ----------------------------------------------------------------------------------- train.py
+    ("train.py", "* (len(indices) / total)\n        if", "/ len(group)\n        if", "micro-batches weigh alike", TRAIN),
+    ("train.py", "args.lr * step / args.warmup", "args.lr * (step + 1) / args.warmup", "warm-up starts above 0", TRAIN),
+    ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", HETERO),
+    ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", HETERO),
+    ("hetero.py", "layer.enabled = name in on", "layer.enabled = name not in on", "the chosen are switched off", HETERO),
+    ("train.py", '    torch.set_rng_state(state["rng"])\n', "", "resumption forgets the RNG", TRAIN),
+    ("train.py", "        layer.enabled = state[\"on\"].get(name, True)\n", "", "resumption switches everything on", HETERO),
+    ("train.py", "        run.delta.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", DELTA),
+    ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", DELTA),
+]
+# fmt: on
+
+
+def survives(root, mutant):
+    """Apply one edit to the copy at root, run its tests, undo; None if the edit does not fit."""
+    file, old, new, _, tests = mutant
+    path = root / file
+    source = path.read_text()
+    if source.count(old) != 1:
+        return None
+    path.write_text(source.replace(old, new, 1))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{tests}",
+    ]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, env=environment, timeout=300)
+        return done.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False  # noticed: the tests do not end
+    finally:
+        path.write_text(source)
+
+
+def main(words):
+    chosen = [m for m in MUTANTS if not words or any(w in m[3] or w in m[0] for w in words)]
+    bad, started = 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        copies = Queue()
+        for i in range(os.cpu_count()):
+            ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+            copies.put(shutil.copytree(ROOT, Path(folder) / f"copy{i}", ignore=ignored))
+
+        def judge(mutant):
+            root = copies.get()
+            try:
+                return survives(root, mutant)
+            finally:
+                copies.put(root)
+
+        for mutant, result in zip(chosen, pool.map(judge, chosen), strict=True):
+            verdict = {None: "does not apply", True: "SURVIVED", False: "killed"}[result]
+            bad += result is not False
+            print(f"{verdict:<15}{mutant[0]:<15}{mutant[3]}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{len(chosen) - bad} of {len(chosen)} killed in {seconds:.0f} s")
+    return 1 if bad or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
