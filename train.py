@@ -387,7 +387,7 @@ def main(argv=None):
     if args.eval_only:
         print(report.show(evaluate(run)))
         return 0
-    print(f"{report.method(args)}")
+    print(report.method(args))
     print(f"{args.task}: {len(run.train)} training, {len(run.dev)} development examples")
     stop_on_signal(run)
     try:

@@ -1,8 +1,8 @@
 """Draw what a HeteroLoRA run decided: python tools/plot.py RUN  ->  RUN/allocation.png
 
-One row per module, grouped by type; one column per decision, with its step below. Dark = on (or the
-share of its ranks that is on), light = off. A static allocation has one decision: layers across,
-types down.
+One row per module, grouped by type, with its layer and how often it was on; one column per
+decision, with its step below. Dark = on (or the share of its ranks that is on), light = off. A
+static allocation has one decision: layers across, types down.
 """
 
 import argparse
@@ -39,13 +39,12 @@ def over_time(axes, history, r):
     shown = np.unique(np.linspace(0, len(history) - 1, min(len(history), 12)).astype(int))
     axes.set_xticks(shown, [history[i]["step"] for i in shown], fontsize=8)
     axes.set_xlabel("decision before step")
-    axes.set_ylabel("layer and share of decisions in which it was on", labelpad=64)
     start = 0
     for place in places:
         size = sum(n.rpartition(".")[2] == place for n in names)
         middle = start + (size - 1) / 2
         transform = axes.get_yaxis_transform()
-        axes.text(-0.13, middle, place, ha="right", va="center", fontsize=8, transform=transform)
+        axes.text(-0.1, middle, place, ha="right", va="center", fontsize=8, transform=transform)
         start += size
         if start < len(names):
             axes.axhline(start - 0.5, color="black", linewidth=0.8)
@@ -63,6 +62,10 @@ def over_layers(axes, decision, r):
     axes.set_yticks(range(len(places)), places)
     axes.set_xticks(range(layers), range(layers))
     axes.set_xlabel("layer")
+    axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(places) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="lightgrey")
+    axes.tick_params(which="minor", length=0)
 
 
 def draw(folder):
@@ -90,7 +93,9 @@ def draw(folder):
         over_time(axes, history, r)
     else:
         over_layers(axes, history[0], r)
-    axes.set_title(title)
+    axes.set_title(
+        f"{title}\n(rows: layer, share of decisions in which it was on)" if dynamic else title
+    )
     figure.savefig(folder / "allocation.png", dpi=150)
     plt.close(figure)
     return folder / "allocation.png"
