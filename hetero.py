@@ -19,6 +19,8 @@ def make_plan(model, args):
     """The schedule of allocations, or None; refuses a budget that no allocation can meet."""
     if args.allocate == "none":
         return None
+    if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
+        raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
     layers = lora.adapters(model)
     costs = {name: a.r * (a.in_features + a.out_features) for name, a in layers.items()}
     if args.budget_params is not None:

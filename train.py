@@ -187,12 +187,19 @@ def restore(run):
 # --------------------------------------------------------------------------------------- allocation
 
 
+class CannotGoOn(RuntimeError):
+    """A loss or a score that is not a number: the run stops, its last good checkpoint is kept."""
+
+
 def allocate_now(run, say):
     """Decide which modules are on, and write it down."""
     args = run.args
     chosen = data.in_order(run.train, args.batch_size)[: args.score_batches]  # the same every time
     batches = [batch_of(run, [run.train[i] for i in indices]) for indices in chosen]
-    seconds = hetero.reallocate(run.model, run.plan, args, batches, run.step, run.epoch, say)
+    try:
+        seconds = hetero.reallocate(run.model, run.plan, args, batches, run.step, run.epoch, say)
+    except ValueError as error:
+        raise CannotGoOn(f"step {run.step}: {error}") from error
     run.score_seconds += seconds
     if args.proxy == "uniform" or args.per_rank == "yes":
         run.optimizer = make_optimizer(run.model, args)  # of the shrunken parameters; before step 1
@@ -211,10 +218,6 @@ def write_history(run):
 
 
 # --------------------------------------------------------------------------------------------- loop
-
-
-class NotFinite(RuntimeError):
-    """The loss of a step is inf or NaN."""
 
 
 def learning_rate(step, total, args):
@@ -244,7 +247,7 @@ def train_step(run, group, lr):
         # mean over the step = sum of batch means, each weighted by its share of the examples
         part = run.model(**batch).loss * (len(indices) / total)
         if not torch.isfinite(part):
-            raise NotFinite(f"the loss of step {run.step + 1} is {part.item()}")
+            raise CannotGoOn(f"the loss of step {run.step + 1} is {part.item()}")
         part.backward()
         loss += part.item()
     parameters = [p for p in lora.trainable(run.model).values() if p.grad is not None]
@@ -381,9 +384,6 @@ def main(argv=None):
         return 2
     for note in run.notes:
         print(note)
-    if args.dry_run:
-        print(dry_run(run))
-        return 0
     if args.eval_only:
         print(report.show(evaluate(run)))
         return 0
@@ -391,10 +391,13 @@ def main(argv=None):
     print(f"{args.task}: {len(run.train)} training, {len(run.dev)} development examples")
     stop_on_signal(run)
     try:
+        if args.dry_run:
+            print(dry_run(run))
+            return 0
         train(run)
-    except NotFinite as error:
+    except CannotGoOn as error:
         print(
-            f"train.py: {error}: the run stops, its last good checkpoint is kept in {run.folder}; "
+            f"train.py: {error}: the run stops, the last good checkpoint is kept in {run.folder}; "
             "try a smaller --lr, --clip 1 or --warmup 50",
             file=sys.stderr,
         )

@@ -100,6 +100,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("delta_lora.py", "self.begin.setdefault(name, self.old[name])", "self.begin[name] = self.old[name]", "every step begins a stretch", DELTA),
     ("delta_lora.py", "combine([(*self.pair(name), layer.scaling), *terms])", "combine([(*self.pair(name), (1 + self.ratio) * layer.scaling), *terms])", "lambda counted twice in the export", DELTA),
     ("delta_lora.py", "F.linear(thin, c * B)", "F.linear(thin, B)", "lazy branch without lambda s", DELTA),
+    ("delta_lora.py", "self.old[name] = tuple(p.clone() for p in self.pair(name))", "self.old[name] = tuple(p.clone() if name in self.begin else 0 * p for p in self.pair(name))", "whole product at the first step", DELTA),
+    ("delta_lora.py", "                delta_update_(layer", "                layer.base.weight.mul_(0.999)\n                delta_update_(layer", "weights decay", DELTA),
+    ("delta_lora.py", "        if lazy:\n", "        for layer in self.layers.values():\n            layer.register_forward_hook(lambda m, _x, _h: m.base.weight.data.add_(1e-4 * m.delta_w().data) is None or None)\n        if lazy:\n", "update in forward", DELTA),
     # ----------------------------------------------------------------------------------- train.py
     ("train.py", "* (len(indices) / total)\n        if", "/ len(group)\n        if", "micro-batches weigh alike", TRAIN),
     ("train.py", "args.lr * step / args.warmup", "args.lr * (step + 1) / args.warmup", "warm-up starts above 0", TRAIN),

