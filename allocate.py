@@ -79,7 +79,7 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
         scores: dict name -> float; larger = keep.
         keep: p, 0 < p <= 1.
         together: one ranking of LoRA modules and shortcuts (released: "combined"), else floor(p
-        n_l) LoRA
+            n_l) LoRA
             modules and round(p n_s) shortcuts, ranked apart ("separated").
         generator: torch.Generator for ties; None = one that is seeded with 0.
 
@@ -88,7 +88,7 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
 
     Raises:
         ValueError: keep out of range, no scores, a score that is not finite (the released code
-        switches on the
+            switches on the
             first modules of an all-NaN list), or nothing to keep.
     """
     if not 0 < keep <= 1:
@@ -180,8 +180,7 @@ def knapsack(values, weights, budget):
     sum_v, sum_w = np.concatenate([[0.0], v.cumsum()]), np.concatenate([[0], w.cumsum()])
 
     def fill_up(state_w, state_v, start):
-        """Upper bound: the rest from item `start` on, the last one in part; lower: without that
-        part."""
+        """Upper bound: the rest from `start` on, the last in part; lower: without that part."""
         room = budget - state_w + sum_w[start]
         stop = np.searchsorted(sum_w, room, side="right") - 1  # items start … stop - 1 fit whole
         whole = state_v + sum_v[stop] - sum_v[start]
@@ -301,8 +300,7 @@ class Reallocator:
         return on
 
     def record(self, step, epoch, scores, on):
-        """Append a decision: scores by module (or by rank), and what is on (true/false, or the
-        ranks)."""
+        """Append a decision: scores by module (or rank), and what is on (true/false, or ranks)."""
         self.history.append({"step": step, "epoch": epoch, "scores": scores, "on": on})
 
     def state(self):

@@ -270,7 +270,7 @@ def read_tensors(folder):
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing. ValueError: a file that is not what it
-        says.
+            says.
     """
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -312,8 +312,7 @@ def read_file(path):
 
 
 def normalise(tensors, family):
-    """Names without the family's prefix, gamma and beta renamed, what is known and not needed left
-    out."""
+    """Names without the family's prefix, gamma and beta renamed, what is not needed left out."""
     result = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(PREFIX[family])
@@ -409,7 +408,7 @@ def load_tokenizer(folder, family, vocab_size):
 
     Raises:
         FileNotFoundError: none of the three. ValueError: unreadable, a special token is missing, or
-        ids
+            ids
             beyond the model's embedding.
     """
     folder = Path(folder)
@@ -466,8 +465,7 @@ def byte_level_bpe(folder, family):
 
 
 def word_piece(folder):
-    """BERT's: basic tokens, lower-cased unless tokenizer_config.json says otherwise, then word
-    pieces."""
+    """BERT's: words, lower-cased unless tokenizer_config.json says no, then word pieces."""
     path = folder / "tokenizer_config.json"
     options = read_json(path) if path.is_file() else {}
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")

@@ -107,7 +107,7 @@ def load_task(name, data_dir=None):
     Args:
         name: a key of TASKS.
         data_dir: folder with train.tsv and dev.tsv, or with GLUE's folder of the task (MRPC/, RTE/,
-        …);
+            …);
             None = shipped (paraphrase), else the cache, else the hub.
 
     Returns:
@@ -116,7 +116,7 @@ def load_task(name, data_dir=None):
 
     Raises:
         ValueError: unknown task; a file, a line or a label that is wrong, with file and line
-        number.
+            number.
         OSError: no such folder or file; hub out of reach.
     """
     if name not in TASKS:

@@ -97,8 +97,7 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
 
 
 def combine(terms):
-    """Sum of c B A with equal pairs collected: [(A, B, c)] -> the same without what cancels or is
-    0."""
+    """Sum of c B A, [(A, B, c)]: equal pairs collected, what cancels or is 0 left out."""
     result = []
     for A, B, c in terms:
         for i, (other_A, other_B, other_c) in enumerate(result):
@@ -121,7 +120,7 @@ class DeltaLoRA:
         ratio: lambda.
         start: K; W first moves after optimizer step K + 2; -1 = from the first.
         lazy: leave W_0 alone and let the forward pass add lambda s (sg[B A] - P_begin) x, sg = no
-        gradient
+            gradient
             to A and B: the same losses on a base that is shared or read-only, for two more pairs of
             thin products in each module.
 
@@ -171,8 +170,7 @@ class DeltaLoRA:
         self.t += 1
 
     def end_stretch(self, name):
-        """End a module's stretch where its pair stands now: it went off, or its pair is about to be
-        redrawn."""
+        """End a module's stretch where its pair stands: it went off, or is about to be redrawn."""
         if name in self.begin:
             end = tuple(p.clone() for p in self.pair(name))
             self.ended[name] += [(*end, 1), (*self.begin.pop(name), -1)]
@@ -233,9 +231,8 @@ class DeltaLoRA:
             self.ended[name] = []
 
     def state(self):
-        """For a checkpoint: the position, the stretches, and W itself, since only its bits resume
-        to the bits."""
-        weights = {} if self.lazy else {n: a.base.weight.detach() for n, a in self.layers.items()}
+        """For a checkpoint: position, stretches, and W itself: only its bits resume to the bits."""
+        weights = {n: a.base.weight.detach() for n, a in self.layers.items() if not self.lazy}
         return {"t": self.t, "begin": self.begin, "ended": self.ended, "weights": weights}
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def reallocate(model, plan, args, batches, step, epoch, say):
 
     Args:
         model: model.Transformer with adapters; modules are switched, and shrunk where ranks are
-        allocated.
+            allocated.
         plan: allocate.Reallocator, which records the decision.
         args: the flags.
         batches: list of batches to score.
@@ -89,8 +89,7 @@ def scores_of(model, plan, args, batches, say):
 
 
 def shrink(layers, kept):
-    """Leave each module the ranks that are kept; new parameters: the optimizer is built
-    afterwards."""
+    """Leave each module the ranks that are kept; the optimizer is built afterwards."""
     for name, layer in layers.items():
         layer.enabled = bool(kept[name])
         if kept[name] and len(kept[name]) < layer.r:

@@ -145,9 +145,9 @@ def inject(
         model: model.Transformer.
         targets: names out of LINEARS.
         r, lora_alpha, lora_dropout: as in LoRALayer, for targets; r and lora_dropout for shortcuts
-        too.
+            too.
         shortcuts: names out of RESIDUALS + CROSS. Layer 0 has no shortcut_ffn: nothing comes before
-        it.
+            it.
         shortcut_alpha: float, lora_alpha of the shortcuts.
         seed: int.
 
@@ -156,7 +156,7 @@ def inject(
 
     Raises:
         ValueError: an unknown name, nothing to adapt, a rank out of range, or a model that is
-        injected.
+            injected.
     """
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
         for name in given:
@@ -230,8 +230,7 @@ def trainable(model):
 
 
 def count_trainable(model):
-    """dict name -> trainable parameters: r * (in + out) for an adapter that is on; the head
-    modules."""
+    """dict name -> trainable parameters: r (in + out) of an adapter that is on; head modules."""
     counts = {
         name: sum(p.numel() for p in (layer.lora_A, layer.lora_B) if p.requires_grad)
         for name, layer in adapters(model).items()
@@ -258,7 +257,7 @@ def merge(model):
 
     Raises:
         ValueError: already merged; or lora_dropout > 0 in train mode, where the branch is random
-        and no
+            and no
             fixed weight equals it (call model.eval() first).
     """
     layers = adapters(model)

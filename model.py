@@ -79,7 +79,7 @@ class Config:
         Args:
             hf: dict, config.json.
             overrides: fields of Config that the file does not decide (num_labels, head, dropout,
-            …).
+                …).
 
         Raises:
             ValueError: a family or feature that is not implemented, or a size that is missing.
@@ -105,8 +105,7 @@ class Config:
 
 
 class Output(NamedTuple):
-    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, None without
-    labels."""
+    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, or None."""
 
     logits: torch.Tensor
     loss: torch.Tensor | None
@@ -198,8 +197,7 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (b, h, t, d / h)
 
     def add_shortcut(self, x, shortcut, source, norm):
-        """x + shortcut(source); with shortcut_norm "reuse", LayerNorm once more, also when it is
-        off."""
+        """x + shortcut(source); with shortcut_norm "reuse", LayerNorm again, also when off."""
         if shortcut is None:
             return x
         if shortcut.enabled:
@@ -256,7 +254,7 @@ class Transformer(nn.Module):
             attention_mask: (b, t), 1 = token, 0 = padding, which must be on the right.
             token_type_ids: (b, t) int64, BERT alone; None = all 0.
             labels: (b,) class ids; (b,) floats with num_labels 1; (b, t) token ids with head "lm",
-            -100
+                -100
                 where no loss is wanted (the shift by one happens here).
             inputs_embeds: (b, t, embed_dim), in place of the word embeddings.
 
@@ -265,7 +263,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: a sequence longer than the position table, or padding that is not on the
-            right.
+                right.
         """
         mask = attention_mask.bool()  # (b, t)
         if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
@@ -358,7 +356,7 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         head: "classification", or "lm" (OPT, GPT-2).
         dropout: float, replaces whatever the checkpoint was pretrained with.
         seed: int, for the parts of the head that the checkpoint lacks: weights N(0, 0.02), biases
-        0.
+            0.
         overrides: other fields of Config, for example shortcut_norm="reuse".
 
     Returns:

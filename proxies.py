@@ -4,38 +4,26 @@ Each proxy is one function (model, batches) -> {name: score}; larger = keep. Mod
 are scored alike and in one pass, all of them switched on. L is the mean loss over all scored
 examples, so a score does not depend on how they were cut into batches.
 
-    name               | score of a pair h = base(x) + s B A x, s = lora_alpha / r          | at B =
-    0
-    constant           | 1                                                                  | 1
-    grad_norm          | ||dL/dA||_F + ||dL/dB||_F                                          | ||s G
-    A^T||_F
-    snip               | sum |A o dL/dA| + sum |B o dL/dB|                                  |
-    exactly 0
-    synflow            | sum |A o dR/dA| + sum |B o dR/dB|, R = sum of a linearised |net|   |
-    exactly 0
-    synflow_released   | the same with |net| as it is, labels and L for R                   |
-    exactly 0
-    grasp              | sum A o (H g)_A + sum B o (H g)_B                                  |
-    ||dL/dB||_F^2
-    fisher             | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                               |
-    exactly 0
-    alpha_test         | 10 x smallest a with accuracy(a s B A) >= 0.99 accuracy(s B A)     |
-    exactly 0
-    alpha_test_released| the same with a on the whole layer, W x included                   | > 0
-    possible
-    grad_norm_slot     | ||G||_F                                                            | the
-    same
-    snip_slot          | sum |W o G|                                                        | the
-    same
+    name                | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
+    constant            | 1                                                         | 1
+    grad_norm           | ||dL/dA||_F + ||dL/dB||_F                                 | ||s G A^T||_F
+    snip                | sum |A o dL/dA| + sum |B o dL/dB|                         | exactly 0
+    synflow             | sum |A o dR/dA| + sum |B o dR/dB|, R: a linearised |net|  | exactly 0
+    synflow_released    | the same with |net| as it is, and L for R                 | exactly 0
+    grasp               | sum A o (H g)_A + sum B o (H g)_B                         | ||dL/dB||_F^2
+    fisher              | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                      | exactly 0
+    alpha_test          | 10 x the smallest a at which a s B A keeps the accuracy   | exactly 0
+    alpha_test_released | the same with a on the whole layer, W x included          | anything
+    grad_norm_slot      | ||G||_F                                                   | the same
+    snip_slot           | sum |W o G|                                               | the same
 
 G = dL/dW is the gradient of the dense matrix in that place (W, identity or zero); G says what the
 place is worth, the others what this pair in it is worth. (A_k: row k of A.)
 
 WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and every score made of weight times
-gradient is
-exactly 0 for every module: SNIP, SYNFLOW and FISHER then choose at random, once before training,
-and dynamically for ever (a module that was never on keeps B = 0). score() warns when that happens.
-GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional to s and to sqrt(r).
+gradient is exactly 0 for every module: SNIP, SYNFLOW and FISHER then choose at random, once before
+training, and dynamically for ever (a module that was never on keeps B = 0). score() warns when that
+happens. GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional to s.
 
 What this file does not do: choose (allocate.py), or change anything: parameters, buffers, .grad,
 requires_grad, train/eval mode, on/off and the RNG are as before, also when the loss raises.
@@ -63,14 +51,14 @@ def score(name, model, batches):
         name: a key of PROXIES.
         model: model.Transformer with adapters, not merged; left bit-identical.
         batches: list of batches (dicts with input_ids, attention_mask, labels, …) on the model's
-        device.
+            device.
 
     Returns:
         dict name -> float, in the order of lora.adapters; larger = keep.
 
     Raises:
         ValueError: unknown proxy, no adapters, a merged model, no batches, or a score that is not
-        finite.
+            finite.
 
     Warns:
         UserWarning: all scores are zero, so whatever is chosen from them is chosen at random.
@@ -87,8 +75,7 @@ def score(name, model, batches):
         if not math.isfinite(value):
             raise ValueError(
                 f"the {name} score of {module} is {value}: look for a loss that overflows, or "
-                "score "
-                "in float32"
+                "score in float32"
             )
     if not any(scores.values()):
         warnings.warn(
@@ -215,8 +202,7 @@ def flow(model, objective):
 
 
 def absolute_copy(model):
-    """A copy with |parameter| everywhere, all modules on, eval mode, no gradients but the
-    pairs'."""
+    """A copy with |parameter| everywhere, all modules on, eval mode, nothing trainable."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data.abs_()

@@ -69,8 +69,7 @@ def finish(run):
 
 
 def save_adapter(run):
-    """adapter.safetensors: A, B and head; for Delta-LoRA the exported pairs, which hold W's change
-    too."""
+    """adapter.safetensors: A, B and head; for Delta-LoRA the pairs that hold W's change too."""
     tensors, layers = lora.trainable(run.model), lora.adapters(run.model)
     exported = run.delta.export() if run.delta else {}
     about = {

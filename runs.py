@@ -95,8 +95,7 @@ def read_log(folder):
 
 
 def truncate_log(folder, lines):
-    """Keep the first `lines` lines: what a resumed run is about to do again is not reported
-    twice."""
+    """Keep the first `lines` lines: what a resumed run repeats is not reported twice."""
     kept = read_log(folder)[:lines]
     write_atomic(
         folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode()
@@ -136,7 +135,7 @@ def save_adapter(folder, tensors, about):
     Args:
         tensors: dict our name -> tensor, written sorted by name.
         about: dict module -> {"r", "scaling", "enabled"}, in the metadata under "adapters": W_0 +
-        scaling * B A
+            scaling * B A
             is the weight of a module that is enabled.
     """
     content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}

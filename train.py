@@ -1,5 +1,4 @@
-"""Train HeteroLoRA (arXiv 2406.14956), Delta-LoRA (2309.02411) or LoRA on a pretrained transformer:
-python train.py
+"""Train HeteroLoRA (arXiv 2406.14956), Delta-LoRA (2309.02411) or LoRA: python train.py
 
 Reads in the order of time: set-up, allocation, the loop, evaluation, the result. A run folder
 (runs.py) holds all that is needed to go on after an interruption, to the same bits.
@@ -11,6 +10,7 @@ What this file does not do: train on several machines, mixed precision, compile,
 hyper-parameters.
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -76,8 +76,7 @@ class Run:
 
 
 def set_up(args):
-    """Load data and model, inject, build the optimizer. Raises ValueError or OSError on bad
-    input."""
+    """Load data and model, inject, build the optimizer. ValueError or OSError on bad input."""
     device, notes = pick_device(args.device), []
     task = data.TASKS[args.task]
     train_texts, dev_texts = data.load_task(args.task, args.data_dir)
@@ -238,8 +237,7 @@ def batch_of(run, examples):
 
 
 def train_step(run, group, lr):
-    """One optimizer step over a group of batches (lists of indices); returns the mean loss, a
-    float."""
+    """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
     total = sum(map(len, group))
     loss = 0.0
     for indices in group:
@@ -312,8 +310,7 @@ def train(run):
 
 @torch.inference_mode()
 def evaluate(run, limit=None):
-    """The task's metrics on the development set, in its own order; the mode of the model is
-    kept."""
+    """The task's metrics on the development set, in its order; the model's mode is kept."""
     training = run.model.training
     run.model.eval()
     predictions, labels = [], []
@@ -363,6 +360,7 @@ def prepare(args):
     return run
 
 
+@contextlib.contextmanager
 def stop_on_signal(run):
     """The first Ctrl-C (or SIGTERM) ends the run after its current step; a second one at once."""
 
@@ -370,12 +368,16 @@ def stop_on_signal(run):
         run.stop = True
         signal.signal(signum, signal.default_int_handler)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, request)
+    before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def main(argv=None):
-    """Exit code: 0 done; 1 the loss is not finite; 2 bad input; 130 interrupted and saved."""
+    """Exit code: 0 done; 1 a loss or score is not finite; 2 bad input; 130 interrupted and saved."""
     try:
         args = flags.parse_flags(argv)
         run = prepare(args)
@@ -389,18 +391,16 @@ def main(argv=None):
         return 0
     print(report.method(args))
     print(f"{args.task}: {len(run.train)} training, {len(run.dev)} development examples")
-    stop_on_signal(run)
     try:
         if args.dry_run:
             print(dry_run(run))
             return 0
-        train(run)
+        with stop_on_signal(run):
+            train(run)
     except CannotGoOn as error:
-        print(
-            f"train.py: {error}: the run stops, the last good checkpoint is kept in {run.folder}; "
-            "try a smaller --lr, --clip 1 or --warmup 50",
-            file=sys.stderr,
-        )
+        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
+        if run.folder:
+            print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
         return 1
     if run.stop:
         print(f"stopped and saved; go on with: python train.py --resume {run.folder}")

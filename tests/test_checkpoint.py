@@ -366,8 +366,7 @@ def test_a_hub_that_hangs_costs_little(monkeypatch):
 
 
 def test_config_fields_of_real_files():
-    """facebook/opt-125m is pre-LN with a last norm; gpt2 has 4 d in the FFN and no padding
-    token."""
+    """facebook/opt-125m is pre-LN with a last norm; gpt2 has 4 d in the FFN, no padding token."""
     opt = {**OPT_350M, "do_layer_norm_before": True, "word_embed_proj_dim": 12}
     c = Config.from_hf(opt)
     assert (c.pre_ln, c.final_norm, c.position_offset, c.embed_dim) == (True, True, 2, 12)

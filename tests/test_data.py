@@ -249,8 +249,7 @@ def test_the_embedded_task_keeps_its_promises():
 
 
 def test_word_overlap_does_not_decide_the_embedded_task():
-    """The best threshold on shared words, chosen on the development labels themselves, stays
-    weak."""
+    """The best threshold on shared words, chosen on the development labels, stays weak."""
     overlaps, labels = [], []
     for row in embedded_rows("dev"):
         a, b = (set(s.lower().strip(".").split()) for s in row[3:])

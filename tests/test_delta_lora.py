@@ -131,8 +131,7 @@ def test_weights_move_first_after_step_k_plus_2(start):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_telescoping_rank_and_weight_decay(family):
-    """W_T - W_0 = lambda s (P_T - P_{K+1}): the whole change of the product, decay's part
-    included."""
+    """W_T - W_0 = lambda s (P_T - P_{K+1}): P's whole change, decay's part included."""
     m = problem(family)
     w0, p = weights(m), []
     run(m, 12, adamw(m, decay=0.5), DeltaLoRA(m, 0.6, 3), watch=lambda _: p.append(products(m)))
@@ -449,8 +448,7 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, monkeypatch, extra, stop_
 
 
 def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
-    """adapter.safetensors on the pretrained weights gives the run's logits; A and B alone would
-    not."""
+    """adapter.safetensors on the pretrained weights gives the logits; A, B alone would not."""
     import json
 
     from safetensors import safe_open

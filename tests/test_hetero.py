@@ -170,8 +170,8 @@ def test_a_score_that_is_not_finite_stops_the_run(flags, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(train, "train_step", poisoned)
     assert train.main([*flags, "--proxy", "snip", "--every", "0.2", "--out", str(out)]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "the snip score of layers." in error and "is nan" in error and str(out) in error
+    error, where = capsys.readouterr().err.splitlines()[-2:]
+    assert "the snip score of layers." in error and "is nan" in error and str(out) in where
     assert runs.load_checkpoint(out)["position"]["step"] == 0
 
 
@@ -199,8 +199,7 @@ def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, caps
 
 @pytest.mark.parametrize("how", ["--per-rank yes --proxy grad_norm", "--proxy uniform"])
 def test_ranks_within_a_budget(flags, tmp_path, how, monkeypatch):
-    """Each module has its own rank; scaling is that of the full rank; resumption knows the
-    ranks."""
+    """Each module has its own rank, the scaling of the full rank; resumption knows both."""
     flags = [f for f in flags if f not in ("--every", "0.4")]
     out = tmp_path / "run"
     extra = f"--r 4 --budget-params 600 --allocate static {how}".split()

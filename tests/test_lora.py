@@ -61,8 +61,7 @@ def test_initial_values():
 
 
 def test_initial_a_depends_on_seed_and_name_alone():
-    """Not on what else is adapted, not on the rank, not on the dtype, not on the global
-    generator."""
+    """Not on what else is adapted, the rank, the dtype or the global generator."""
     torch.manual_seed(1)
     first = lora.inject(tiny.model("bert"), lora.LINEARS, r=5, seed=3)
     torch.manual_seed(2)

@@ -165,8 +165,7 @@ def test_grad_norm_at_b_zero_estimates_the_slot():
 
 
 def test_grasp_is_the_change_of_the_gradient_norm():
-    """theta . H g by differences: d/de 1/2 ||g(theta_m (1 + e))||^2 over all pairs = theta_m . H
-    g."""
+    """theta . H g by differences: d/de 1/2 ||g(theta_m (1 + e))||^2 over all pairs."""
     m, batches = problem(n=1)
     scores, eps = proxies.score("grasp", m, batches), 1e-5
 
@@ -270,8 +269,7 @@ def test_synflow_by_finite_differences():
 
 
 def test_synflow_released_uses_labels_and_the_real_layer_norm():
-    """By finite differences on a copy with absolute parameters, ones in place of word
-    embeddings."""
+    """By finite differences on a copy with |parameters|, ones in place of word embeddings."""
     m, batches = problem("opt")
     scores, eps = proxies.score("synflow_released", m, batches), 1e-6
     twin = copy.deepcopy(m)
@@ -404,8 +402,7 @@ def same(a, b):
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("proxy", proxies.PROXIES)
 def test_nothing_is_left_behind(proxy, raises, monkeypatch):
-    """Half of the modules off, mixed modes, gradients present, dropout on; also when the loss
-    raises."""
+    """Half of the modules off, mixed modes, gradients, dropout; also when the loss raises."""
     m = tiny.adapted("bert", shortcuts=ALL, dropout=0.1)
     batches = [tiny.batch(m.config, seed=i) for i in range(2)]
     m(**batches[0]).loss.backward()

@@ -49,8 +49,7 @@ def test_the_released_second_layer_norm_changes_the_model_at_step_0(family):
 
 
 def test_number_of_shortcuts():
-    """4 per layer, less shortcut_ffn of layer 0: 95 in 24 layers, as the authors' runs count
-    them."""
+    """4 per layer, less shortcut_ffn of layer 0: 95 in 24 layers, as in the authors' runs."""
     m = tiny.model("opt", num_layers=24)
     layers = lora.inject(m, (), r=2, shortcuts=lora.SHORTCUTS["all"], shortcut_alpha=4)
     assert len(layers) == 95

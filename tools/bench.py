@@ -29,8 +29,7 @@ LAYERS = 2
 
 
 def opt_350m(layers, targets):
-    """An OPT-350M-shaped model (d 1024, FFN 4096, post-LN) of a few layers, random weights, with
-    LoRA r 8."""
+    """An OPT-350M-shaped model (d 1024, FFN 4096, post-LN) of a few layers, with LoRA r 8."""
     config = Config(
         family="opt",
         vocab_size=1000,

@@ -37,8 +37,7 @@ CONFIGS = {
 
 
 def build_pair(folder, family, head="classification", num_labels=3, dtype=torch.float64):
-    """(transformers' model, ours) with the same random weights, in eval mode and without
-    dropout."""
+    """(transformers' model, ours) with the same random weights, in eval mode, no dropout."""
     config = CONFIGS[family].__class__.from_dict(CONFIGS[family].to_dict())
     config.num_labels = num_labels
     auto = "AutoModelForCausalLM" if head == "lm" else "AutoModelForSequenceClassification"
