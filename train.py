@@ -377,7 +377,7 @@ def stop_on_signal(run):
 
 
 def main(argv=None):
-    """Exit code: 0 done; 1 a loss or score is not finite; 2 bad input; 130 interrupted and saved."""
+    """Exit code: 0 done; 1 loss or score not finite; 2 bad input; 130 interrupted and saved."""
     try:
         args = flags.parse_flags(argv)
         run = prepare(args)

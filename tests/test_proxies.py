@@ -399,6 +399,7 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+@pytest.mark.filterwarnings("ignore:all alpha_test")
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("proxy", proxies.PROXIES)
 def test_nothing_is_left_behind(proxy, raises, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import write_tokenizer
+from peer_models import write_tokenizer
 
 import checkpoint
 import data
