@@ -177,7 +177,8 @@ RESUMABLE = ("resume", "eval_only", "device", "data_dir")  # flags that may stan
 
 def parse_flags(argv):
     """Command line -> namespace; with --resume the flags come from that run."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = "Train HeteroLoRA, Delta-LoRA or LoRA on a pretrained transformer."
+    parser = Parser(prog="train.py", description=about, allow_abbrev=False)
     for name, (kind, default, text) in FLAGS.items():
         shown = ",".join(default) if isinstance(default, list) else default
         help_text = f"{text} (default: {shown})" if default is not None else text
@@ -185,7 +186,11 @@ def parse_flags(argv):
             f"--{name}", type=kind, default=argparse.SUPPRESS, help=help_text, metavar="X"
         )
     parser.add_argument(
-        "--preset", type=one_of(*PRESETS), default=None, metavar="X", help=", ".join(PRESETS)
+        "--preset",
+        type=one_of(*PRESETS),
+        default=None,
+        metavar="X",
+        help=f"a set of flags: {', '.join(PRESETS)}; what is given beside it wins",
     )
     parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
     parser.add_argument("--eval-only", action="store_true", help="with --resume: evaluate and stop")

@@ -1,4 +1,4 @@
-"""What the peers' tests share: the helpers of tests/, and pairs of a transformers model and ours."""
+"""What the peers share: the helpers of tests/, and pairs of a transformers model and ours."""
 
 import sys
 from pathlib import Path
