@@ -79,8 +79,7 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
         scores: dict name -> float; larger = keep.
         keep: p, 0 < p <= 1.
         together: one ranking of LoRA modules and shortcuts (released: "combined"), else floor(p
-            n_l) LoRA
-            modules and round(p n_s) shortcuts, ranked apart ("separated").
+            n_l) LoRA modules and round(p n_s) shortcuts, ranked apart ("separated").
         generator: torch.Generator for ties; None = one that is seeded with 0.
 
     Returns:
@@ -88,8 +87,7 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
 
     Raises:
         ValueError: keep out of range, no scores, a score that is not finite (the released code
-            switches on the
-            first modules of an all-NaN list), or nothing to keep.
+            switches on the first modules of an all-NaN list), or nothing to keep.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, allowed: 0 < keep <= 1")
@@ -216,8 +214,7 @@ def knapsack(values, weights, budget):
 
 
 def ranks_within_budget(rank_scores, rank_costs, budget, generator=None):
-    """Each module gets r_i in {0 … r}: the best set of rank-one parts that fits, an exact 0/1
-    knapsack.
+    """Each module gets r_i in {0 … r}: the best rank-one parts that fit, an exact 0/1 knapsack.
 
     Args:
         rank_scores: dict name -> list of r floats, the saliency of each rank-one part.
@@ -230,13 +227,14 @@ def ranks_within_budget(rank_scores, rank_costs, budget, generator=None):
     Raises:
         ValueError: as within_budget.
     """
-    parts = {(name, k): s for name, list_ in rank_scores.items() for k, s in enumerate(list_)}
-    scores = {f"{name}/{k}": s for (name, k), s in parts.items()}
-    costs = {f"{name}/{k}": rank_costs[name] for name, k in parts}
+    scores, costs = {}, {}
+    for name, parts in rank_scores.items():
+        for k, saliency in enumerate(parts):
+            scores[f"{name}/{k}"], costs[f"{name}/{k}"] = saliency, rank_costs[name]
     chosen = within_budget(scores, costs, budget, generator)
     return {
-        name: [k for k in range(len(list_)) if f"{name}/{k}" in chosen]
-        for name, list_ in rank_scores.items()
+        name: [k for k in range(len(parts)) if f"{name}/{k}" in chosen]
+        for name, parts in rank_scores.items()
     }
 
 

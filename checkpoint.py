@@ -1,12 +1,10 @@
 """Reading a model folder in Hugging Face layout: config.json, tensors under HF names, tokenizer.
 
-    config.json                       -> config_fields: the arguments of model.Config, or a refusal
-    by name
+    config.json                     -> config_fields: the arguments of model.Config, or a refusal
     model.safetensors, its sharded index, or pytorch_model.bin (weights only, no pickled code)
-                                      -> read_tensors -> convert: our names, every tensor accounted
-                                      for
+                                    -> read_tensors -> convert: our names, each tensor accounted for
     tokenizer.json, vocab.json + merges.txt, or vocab.txt
-                                      -> load_tokenizer: pairs encoded as the family does
+                                    -> load_tokenizer: pairs encoded as the family does
 
 Names differ between the checkpoints of one family (a prefix or none, LayerNorm.gamma for .weight,
 heads of another task). What is known and not needed is listed in IGNORED; anything else that is
@@ -291,8 +289,7 @@ def read_tensors(folder):
                 tensors |= read_file(path)
             return tensors
     raise FileNotFoundError(
-        f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or their "
-        "index.json"
+        f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or an index.json"
     )
 
 
@@ -358,7 +355,8 @@ def convert(tensors, config, expected, head):
         if config.family == "gpt2" and module.startswith("layers.") and not place.endswith("norm"):
             tensor = tensor.T if tensor.ndim == 2 else tensor
             if place in ("q_proj", "k_proj", "v_proj"):
-                tensor = tensor.chunk(3)[("q_proj", "k_proj", "v_proj").index(place) % 3]
+                j, d = ("q_proj", "k_proj", "v_proj").index(place), config.hidden_size
+                tensor = tensor[j * d : (j + 1) * d] if len(tensor) == 3 * d else tensor
         if tensor.shape != parameter.shape:
             problems.append(
                 f"{theirs} has shape {shape}, does not fit {ours} {tuple(parameter.shape)}"
@@ -395,8 +393,7 @@ PAIRS = {  # family -> (one text, two texts) for the template processor
 
 
 def load_tokenizer(folder, family, vocab_size):
-    """The tokenizer of a model folder, encoding single texts and pairs as transformers' of the
-    family does.
+    """The tokenizer of a model folder; texts and pairs come out as transformers' of the family.
 
     Args:
         folder: path with tokenizer.json, or vocab.json + merges.txt, or vocab.txt.
@@ -408,8 +405,7 @@ def load_tokenizer(folder, family, vocab_size):
 
     Raises:
         FileNotFoundError: none of the three. ValueError: unreadable, a special token is missing, or
-            ids
-            beyond the model's embedding.
+            ids beyond the model's embedding.
     """
     folder = Path(folder)
     try:

@@ -8,8 +8,7 @@ has no header; RTE, QNLI and MNLI have words for labels.
 
     name       | shape
     example    | dict: input_ids, token_type_ids (lists of t ints), label (int or float)
-    batch      | dict: input_ids, attention_mask (b, t), labels (b,), token_type_ids (b, t) where
-    BERT has them
+    batch      | dict: input_ids, attention_mask (b, t), labels (b,); BERT: token_type_ids (b, t)
 
 What this file does not do: GLUE's test sets (their labels are not public), WordPiece or BPE
 themselves (tokenizers does), augmentation.
@@ -48,7 +47,6 @@ class Task:
     hub_columns: tuple
     dev: str = "dev.tsv"
     hub_dev: str = "validation"
-    hub_name: str | None = None
     skip_short_rows: bool = False  # QQP's released file has a few rows that lack columns
 
     @property
@@ -107,8 +105,7 @@ def load_task(name, data_dir=None):
     Args:
         name: a key of TASKS.
         data_dir: folder with train.tsv and dev.tsv, or with GLUE's folder of the task (MRPC/, RTE/,
-            …);
-            None = shipped (paraphrase), else the cache, else the hub.
+            …); None = shipped (paraphrase), else the cache, else the hub.
 
     Returns:
         (train, dev): lists of (texts, label); texts is a tuple of one or two strings, label an int
@@ -165,8 +162,7 @@ def read_tsv(path, task):
             if task.skip_short_rows:
                 continue
             raise ValueError(
-                f"{path}:{number}: {len(row)} columns, expected at least {max(wanted) + 1}: a "
-                "broken line"
+                f"{path}:{number}: {len(row)} columns, expected {max(wanted) + 1} or more"
             )
         examples.append(
             (tuple(row[c] for c in columns), read_label(row[label], task, f"{path}:{number}"))
@@ -198,8 +194,7 @@ def load_from_hub(name):
         if not download.hub_reachable():
             raise ConnectionError(
                 f"task {name} is not in the cache and the Hugging Face hub does not answer: get "
-                "GLUE's "
-                f"{task.folder} folder (train.tsv, {task.dev}) and give it with --data-dir DIR"
+                f"GLUE's {task.folder} folder (train.tsv, {task.dev}), give it with --data-dir DIR"
             )
         import datasets
 

@@ -76,8 +76,7 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
         if layer.lora_dropout:
             raise ValueError(
                 f"{name} has lora_dropout {layer.lora_dropout}: Delta-LoRA needs 0, for with it "
-                "the change of "
-                "B A no longer stands for the gradient of W"
+                "the change of B A no longer stands for the gradient of W"
             )
         if layer.merged:
             raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
@@ -120,9 +119,8 @@ class DeltaLoRA:
         ratio: lambda.
         start: K; W first moves after optimizer step K + 2; -1 = from the first.
         lazy: leave W_0 alone and let the forward pass add lambda s (sg[B A] - P_begin) x, sg = no
-            gradient
-            to A and B: the same losses on a base that is shared or read-only, for two more pairs of
-            thin products in each module.
+            gradient to A and B: the same losses on a base that is shared or read-only, for two more
+            pairs of thin products in each module.
 
     Raises:
         ValueError: see refuse_unsuitable.

@@ -115,8 +115,7 @@ def model_folder(name):
         if not hub_reachable():
             raise ConnectionError(
                 f"model {name!r} is neither a folder nor in the cache, and the Hugging Face hub "
-                "does not "
-                "answer: give 'minilm', or a folder with config.json, weights and tokenizer"
+                "does not answer: give 'minilm', or a folder with config, weights and tokenizer"
             )
         fetch_from_hub(name, cached)
     return cached
@@ -155,8 +154,7 @@ def refuse_other_hash(path, expected, source):
     if got != expected:
         raise ValueError(
             f"{path.name} from {source} has SHA-256 {got}, expected {expected}: not the pinned "
-            "file; "
-            f"delete {path} and try again"
+            f"file; delete {path} and try again"
         )
 
 

@@ -208,8 +208,7 @@ def parse_flags(argv):
     for name in given:
         if name not in RESUMABLE and given[name]:
             raise ValueError(
-                f"--{name.replace('_', '-')} cannot be changed by --resume: the run's own flags "
-                "are used"
+                f"--{name.replace('_', '-')} cannot be changed by --resume: a run keeps its flags"
             )
     stored = runs.read_config(given["resume"])
     return types.SimpleNamespace(**{**defaults, **stored, **given})

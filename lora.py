@@ -1,18 +1,14 @@
 """LoRA: a frozen layer plus a trainable low-rank pair (arXiv 2106.09685), by module replacement.
 
-One kind of module is the whole search space of HeteroLoRA (arXiv 2406.14956): what differs is its
-base.
+One kind of module is the whole search space of HeteroLoRA (2406.14956): what differs is its base.
 
     layers.{i}.q_proj … fc2                base = the frozen nn.Linear
-    layers.{i}.residual_1, residual_2      base = identity      (a LoRA-adapted residual connection)
-    layers.{i}.shortcut_sa, shortcut_ffn   base = zero          (a LoRA-adapted cross-layer
-    shortcut)
+    layers.{i}.residual_1, residual_2      base = identity: a LoRA-adapted residual connection
+    layers.{i}.shortcut_sa, shortcut_ffn   base = zero: a LoRA-adapted cross-layer shortcut
 
     name        | symbol    | shape
-    lora_A      | A         | (r, in)    uniform(-1/sqrt(in), 1/sqrt(in)), that is
-    kaiming_uniform(a=sqrt(5))
-    lora_B      | B         | (out, r)   zero, so that the adapted model starts as the pretrained
-    one
+    lora_A      | A         | (r, in)    kaiming_uniform(a=sqrt(5)): within 1/sqrt(in) of zero
+    lora_B      | B         | (out, r)   zero: the adapted model starts as the pretrained one
     scaling     | alpha / r | number
     delta_w()   | ΔW        | (out, in)  scaling * B A
 
@@ -257,8 +253,7 @@ def merge(model):
 
     Raises:
         ValueError: already merged; or lora_dropout > 0 in train mode, where the branch is random
-            and no
-            fixed weight equals it (call model.eval() first).
+            and no fixed weight equals it (call model.eval() first).
     """
     layers = adapters(model)
     if any(layer.merged for layer in layers.values()):
@@ -267,8 +262,7 @@ def merge(model):
     for name, layer in chosen.items():
         if layer.lora_dropout and layer.training:
             raise ValueError(
-                f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval() "
-                "to merge"
+                f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"
             )
     with torch.no_grad():
         for layer in chosen.values():

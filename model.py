@@ -254,8 +254,7 @@ class Transformer(nn.Module):
             attention_mask: (b, t), 1 = token, 0 = padding, which must be on the right.
             token_type_ids: (b, t) int64, BERT alone; None = all 0.
             labels: (b,) class ids; (b,) floats with num_labels 1; (b, t) token ids with head "lm",
-                -100
-                where no loss is wanted (the shift by one happens here).
+                -100 where no loss is wanted (the shift by one happens here).
             inputs_embeds: (b, t, embed_dim), in place of the word embeddings.
 
         Returns:

@@ -247,9 +247,8 @@ def synflow(model, batches):
 
 def synflow_released(model, batches):
     """SYNFLOW as the released code computes it: |net| with its LayerNorm and softmax, ones for the
-    word embeddings,
-    the mask and labels of the first batch, and the loss in place of R; in the model's own
-    precision.
+    word embeddings, the mask and labels of the first batch, and the loss in place of R; in the
+    model's own precision.
 
     deviates: reads the last real token (BERT: the first), where the released code, given embeddings
     instead of ids, reads position -1, mostly padding. At B = 0: exactly 0.
@@ -267,8 +266,8 @@ def grasp(model, batches):
     Removing weights changes ||g||^2 / 2 by -theta . H g to first order: what holds the gradient up
     is kept.
     deviates: the sign is opposite to zero-cost-nas, whose sum -theta . H g is -||dL/dB||^2 at B = 0
-    and would keep
-    the modules that learn least. Two passes, so that g is the gradient of all batches
+    and would keep the modules that learn least. Two passes, so that g is the gradient of all
+    batches
     (zero-cost-nas: of the last). At B = 0: +||dL/dB||^2, the ranking of grad_norm.
     """
     with scoring(model) as layers, sdpa_kernel(SDPBackend.MATH):  # flash has no second derivative

@@ -135,8 +135,7 @@ def save_adapter(folder, tensors, about):
     Args:
         tensors: dict our name -> tensor, written sorted by name.
         about: dict module -> {"r", "scaling", "enabled"}, in the metadata under "adapters": W_0 +
-            scaling * B A
-            is the weight of a module that is enabled.
+            scaling * B A is the weight of a module that is enabled.
     """
     content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     metadata = {"adapters": json.dumps(about)}

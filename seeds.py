@@ -20,8 +20,8 @@ def generator(seed, name):
         name: str, for example "lora_A/layers.0.q_proj" or "order/3".
 
     Returns:
-        torch.Generator, seeded with the first 8 bytes of SHA-256("seed/name"). (A hash, since
-        seeds that differ by one would give Mersenne-Twister streams that are related.)
+        torch.Generator, seeded with the first 8 bytes of SHA-256("seed/name"). (A hash, since seeds
+        that differ by one would give Mersenne-Twister streams that are related.)
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

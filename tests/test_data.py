@@ -66,7 +66,7 @@ HEADER = "sentence\tlabel\n"
     [
         ("text\tlabel\na\t1\n", r"train\.tsv:1: no column 'sentence' .* has: text, label"),
         (HEADER + "a\t1\nb\t2\n", r"train\.tsv:3: label '2', allowed: 0, 1"),
-        (HEADER + "a\t1\n\nb\n", r"train\.tsv:4: 1 columns, expected at least 2"),
+        (HEADER + "a\t1\n\nb\n", r"train\.tsv:4: 1 columns, expected 2 or more"),
         (HEADER, "has no examples"),
         ("", r"no column 'sentence'"),
     ],

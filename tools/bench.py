@@ -122,8 +122,8 @@ def delta(rounds):
                 shares[p].append(extra / whole)
                 limits[p].append(extra / limit)
     print(
-        "| adapted | delta's share of a training step | delta / one read and write of W | extra "
-        "peak MiB |"
+        "| adapted | delta's share of a training step | delta / one read and write of W "
+        "| extra peak MiB |"
     )
     print("|---|---|---|---|")
     for p in PLACES:
@@ -135,9 +135,8 @@ def delta(rounds):
             f"{statistics.median(memory):.0f} of {weight:.0f} in W |"
         )
     print(
-        f"OPT-350M-shaped, {LAYERS} layers, batch 16, 128 tokens, r 8, AdamW, float32; {rounds} "
-        "rounds of 3 "
-        f"steps; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+        f"OPT-350M-shaped, {LAYERS} layers, batch 16, 128 tokens, r 8, AdamW, float32; "
+        f"{rounds} rounds of 3 steps; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
     )
 
 

@@ -6,8 +6,8 @@
 
 An arm is NAME: FLAGS of train.py; --flags go to all of them. Seed by seed, arms in turn, so that a
 machine whose speed drifts is fair to all. A run that is finished in --out is read, not repeated.
-The metric is the last epoch's, not
-the best: choosing the epoch on the data that is reported flatters every method.
+The metric is the last epoch's, not the best: choosing the epoch on the data that is reported
+flatters every method.
 """
 
 import argparse
