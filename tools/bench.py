@@ -8,7 +8,6 @@ of fresh processes.
 """
 
 import argparse
-import platform
 import resource
 import statistics
 import subprocess
@@ -136,7 +135,7 @@ def delta(rounds):
         )
     print(
         f"OPT-350M-shaped, {LAYERS} layers, batch 16, 128 tokens, r 8, AdamW, float32; "
-        f"{rounds} rounds of 3 steps; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+        f"{rounds} rounds of 3 steps; torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
 
 
