@@ -381,6 +381,29 @@ def test_a_redrawn_pair_begins_a_new_stretch():
         torch.testing.assert_close(w0[name] + B @ A, total, rtol=0, atol=1e-13)
 
 
+def test_a_pair_redrawn_while_off_begins_anew():
+    """Switching off ends the stretch by itself: what happens to the pair meanwhile is not W's."""
+    m = problem()
+    delta, optimizer, w0 = DeltaLoRA(m, 0.8, -1), adamw(m), weights(m)
+    name = "layers.1.fc1"
+    layer = lora.adapters(m)[name]
+    run(m, 4, optimizer, delta)
+    end, w_end = products(m)[name], weights(m)[name]
+    layer.enabled = False
+    run(m, 2, optimizer, delta)
+    assert torch.equal(weights(m)[name], w_end)
+    tiny.randomise([layer.lora_A, layer.lora_B], 7)
+    begin = products(m)[name]
+    layer.enabled = True
+    run(m, 4, optimizer, delta)
+    expected = w0[name] + 0.8 * 2.5 * (end + products(m)[name] - begin)
+    torch.testing.assert_close(weights(m)[name], expected, rtol=0, atol=1e-13)
+    A, B = delta.export()[name]
+    assert len(A) == 3 * layer.r  # P_T, P_begin and P_end: nothing cancels here
+    total = expected + layer.delta_w().detach()
+    torch.testing.assert_close(w0[name] + B @ A, total, rtol=0, atol=1e-13)
+
+
 # --------------------------------------------------------- merging, exporting, going back, resuming
 
 
