@@ -285,7 +285,7 @@ class Reallocator:
         """
         if self.mode == "static":
             return step == 0
-        exact = round(self.every * steps_per_epoch, 9)  # 0.1 * 30 is 3.0000000000000004
+        exact = round(self.every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
         return step_in_epoch % max(1, math.ceil(exact)) == 0
 
     def decide(self, scores, step, epoch):

@@ -85,7 +85,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("allocate.py", "if taken[state]:", "if not taken[state]:", "the complement is chosen", ALLOCATE),
     ("allocate.py", "math.ceil(exact)) == 0", "math.floor(exact)) == 0", "interval rounded down", ALLOCATE),
     ("allocate.py", "return step_in_epoch %", "return step %", "steps counted over epochs", ALLOCATE),
-    ("allocate.py", "round(self.every * steps_per_epoch, 9)", "self.every * steps_per_epoch", "0.1 * 30 is more than 3", ALLOCATE),
+    ("allocate.py", "round(self.every * steps_per_epoch, 9)", "self.every * steps_per_epoch", "0.07 * 100 is more than 7", ALLOCATE),
     # ------------------------------------------------------------------------------ delta_lora.py
     ("delta_lora.py", "[new_B, -old_B]", "[new_B, old_B]", "new plus old product", DELTA),
     ("delta_lora.py", "[new_B, -old_B]", "[old_B, -new_B]", "old minus new product", DELTA),
