@@ -126,7 +126,7 @@ FLAGS = {  # name: (type, default, help)
         "no",
         "yes = leave the weights alone, add the same change in the forward pass",
     ),
-    "epochs": (number(int, 1), 12, "passes over the training data"),
+    "epochs": (number(int, 1), 5, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
     "lr": (number(float, 0), 1e-3, "learning rate of AdamW"),
