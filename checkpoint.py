@@ -123,6 +123,39 @@ def refuse_unsupported(hf, family, activation, activations):
         )
 
 
+def family_fields(hf, family, sizes):
+    """What differs between families: LayerNorm, positions, padding; defaults as transformers'."""
+    fields, d = {}, sizes["hidden_size"]
+    if family in ("bert", "roberta"):
+        pad = hf.get("pad_token_id", 0 if family == "bert" else 1)
+        fields |= {"pre_ln": False, "final_norm": False, "pad_token_id": pad}
+        fields["layer_norm_eps"] = hf.get("layer_norm_eps", 1e-12)
+        fields["type_vocab_size"] = hf.get("type_vocab_size", 2)
+        if family == "roberta":  # positions count from pad + 1
+            fields["position_offset"] = pad + 1
+            fields["max_positions"] = sizes["max_positions"] - pad - 1
+    elif family == "opt":
+        pre_ln = hf.get("do_layer_norm_before", True)
+        final_norm = pre_ln and not hf.get("_remove_final_layer_norm", False)
+        fields |= {
+            "pre_ln": pre_ln,
+            "final_norm": final_norm,
+            "pad_token_id": hf.get("pad_token_id", 1),
+        }
+        fields |= {"position_offset": 2, "layer_norm_eps": 1e-5}
+        fields["embed_dim"] = hf.get("word_embed_proj_dim") or d
+    else:
+        fields |= {
+            "pre_ln": True,
+            "final_norm": True,
+            "layer_norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        }
+        fields["ffn_dim"] = hf.get("n_inner") or 4 * d
+        # GPT-2 has no padding token; any id does, since padding is masked and never read.
+        fields["pad_token_id"] = hf.get("pad_token_id") or hf.get("eos_token_id") or 0
+    return fields
+
+
 def config_fields(hf, activations):
     """The arguments of model.Config that a Hugging Face config.json decides.
 
@@ -152,33 +185,7 @@ def config_fields(hf, activations):
     fields = {ours: size(hf, theirs) for ours, theirs in SIZES[family].items()}
     d = fields["hidden_size"]
     fields |= {"family": family, "activation": activation, "embed_dim": d}
-    if family in ("bert", "roberta"):
-        pad = hf.get("pad_token_id", 0 if family == "bert" else 1)
-        fields |= {"pre_ln": False, "final_norm": False, "pad_token_id": pad}
-        fields["layer_norm_eps"] = hf.get("layer_norm_eps", 1e-12)
-        fields["type_vocab_size"] = hf.get("type_vocab_size", 2)
-        if family == "roberta":  # positions count from pad + 1
-            fields["position_offset"] = pad + 1
-            fields["max_positions"] -= pad + 1
-    elif family == "opt":
-        pre_ln = hf.get("do_layer_norm_before", True)
-        final_norm = pre_ln and not hf.get("_remove_final_layer_norm", False)
-        fields |= {
-            "pre_ln": pre_ln,
-            "final_norm": final_norm,
-            "pad_token_id": hf.get("pad_token_id", 1),
-        }
-        fields |= {"position_offset": 2, "layer_norm_eps": 1e-5}
-        fields["embed_dim"] = hf.get("word_embed_proj_dim") or d
-    else:
-        fields |= {
-            "pre_ln": True,
-            "final_norm": True,
-            "layer_norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        }
-        fields["ffn_dim"] = hf.get("n_inner") or 4 * d
-        # GPT-2 has no padding token; any id does, since padding is masked and never read.
-        fields["pad_token_id"] = hf.get("pad_token_id") or hf.get("eos_token_id") or 0
+    fields |= family_fields(hf, family, fields)
     pad = fields["pad_token_id"]
     if not isinstance(pad, int) or not 0 <= pad < fields["vocab_size"]:
         raise ValueError(f"config.json: pad_token_id is {pad!r}, expected an id below vocab_size")
