@@ -3,11 +3,10 @@
 import pytest
 import tiny
 import torch
-from test_train import events, same
+from test_train import same, whole_and_interrupted
 from torch import nn
 
 import lora
-import runs
 import train
 from delta_lora import DeltaLoRA, delta_update_
 from flags import parse_flags
@@ -449,25 +448,8 @@ def flags(tmp_path):
 @pytest.mark.parametrize("extra", ["--preset lora", "--allocate dynamic", "--delta-lazy yes"])
 @pytest.mark.parametrize("stop_after", [2, 6])
 def test_resuming_gives_the_same_bits(flags, tmp_path, monkeypatch, extra, stop_after):
-    import signal
-
-    whole, broken_run = tmp_path / "whole", tmp_path / "broken"
     flags = [f for f in flags if "lora" not in extra or f not in ("--every", "0.4")] + extra.split()
-    assert train.main([*flags, "--out", str(whole)]) == 0
-    step = train.train_step
-
-    def interrupted(state, group, lr):
-        loss = step(state, group, lr)
-        if state.step + 1 == stop_after:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert train.main([*flags, "--out", str(broken_run)]) == 130
-    monkeypatch.setattr(train, "train_step", step)
-    assert train.main(["--resume", str(broken_run)]) == 0
-    assert same(runs.load_checkpoint(whole), runs.load_checkpoint(broken_run))
-    assert events(whole) == events(broken_run)
+    whole_and_interrupted(flags, tmp_path, monkeypatch, stop_after)
 
 
 def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_train import events, same
+from test_train import same, whole_and_interrupted
 
 import allocate
 import hetero
@@ -126,22 +126,8 @@ def test_resuming_through_a_reallocation_gives_the_same_bits(
         "--dropout",
         "0.1",
     ]  # snip: the first decision is a random tie
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train.main([*flags, "--out", str(whole)]) == 0
-    step = train.train_step
-
-    def interrupted(run, group, lr):
-        loss = step(run, group, lr)
-        if run.step + 1 == stop_after:
-            signal.raise_signal(signal.SIGTERM)
-        return loss
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert train.main([*flags, "--out", str(broken)]) == 130
-    monkeypatch.setattr(train, "train_step", step)
-    assert train.main(["--resume", str(broken)]) == 0
-    assert same(runs.load_checkpoint(whole), runs.load_checkpoint(broken))
-    assert events(whole) == events(broken)
+    pair = whole_and_interrupted(flags, tmp_path, monkeypatch, stop_after, signal.SIGTERM)
+    whole, broken = pair
     assert (whole / "allocation.json").read_text() == (broken / "allocation.json").read_text()
 
 

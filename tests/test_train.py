@@ -46,6 +46,31 @@ def events(folder):
     return [{k: v for k, v in e.items() if not k.endswith("seconds")} for e in lines]
 
 
+def whole_and_interrupted(flags, tmp_path, monkeypatch, stop_after, signum=signal.SIGINT):
+    """One run in one piece, one that a signal stops after some step and --resume finishes.
+
+    They must end with the same bits and the same log. Returns the two folders.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.main([*flags, "--out", str(whole)]) == 0
+    step = train.train_step
+
+    def interrupted(run, group, lr):
+        loss = step(run, group, lr)
+        if run.step + 1 == stop_after:
+            signal.raise_signal(signum)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        assert train.main([*flags, "--out", str(broken)]) == 130
+    torch.rand(7)  # whatever happened to the global generator in between
+    assert train.main(["--resume", str(broken)]) == 0
+    assert same(runs.load_checkpoint(whole), runs.load_checkpoint(broken))
+    assert events(whole) == events(broken)
+    return whole, broken
+
+
 def test_a_run_and_its_folder(flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*flags, "--out", str(out)]) == 0
@@ -88,24 +113,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 ):
     """Ctrl-C in the middle of an epoch and at its end; dropout's RNG and moments go on."""
     flags = [*flags, *OPTIONS.split()]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train.main([*flags, "--out", str(whole)]) == 0
-    step = train.train_step
-
-    def interrupted(run, group, lr):
-        loss = step(run, group, lr)
-        if run.step + 1 == stop_after:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert train.main([*flags, "--out", str(broken)]) == 130
+    _, broken = whole_and_interrupted(flags, tmp_path, monkeypatch, stop_after)
     assert f"train.py --resume {broken}" in capsys.readouterr().out
-    monkeypatch.setattr(train, "train_step", step)
-    torch.rand(7)  # whatever happened to the global generator in between
-    assert train.main(["--resume", str(broken)]) == 0
-    assert same(weights(whole), weights(broken))
-    assert events(whole) == events(broken)
 
 
 def test_resuming_from_an_older_checkpoint_does_not_report_twice(flags, tmp_path, monkeypatch):
