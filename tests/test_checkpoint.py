@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
 
 import checkpoint
 import download
+import tiny
 from model import Config, load_pretrained
 
 

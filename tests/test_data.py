@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 import checkpoint
 import data
 import download
+import tiny
 
 
 def write(folder, text, name="train.tsv", encoding="utf-8"):

@@ -1,15 +1,15 @@
 """delta_lora.py against its algebra: telescoping, rank, and plain LoRA with a rescaled alpha."""
 
 import pytest
-import tiny
 import torch
-from test_train import same, whole_and_interrupted
 from torch import nn
 
 import lora
+import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
 from flags import parse_flags
+from test_train import same, whole_and_interrupted
 
 TARGETS = ("q_proj", "fc1")
 
@@ -471,7 +471,7 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
         layer.scaling, layer.enabled = about[name]["scaling"], about[name]["enabled"]
     for name in ("classifier.weight", "classifier.bias"):
         fresh.model.get_parameter(name).data.copy_(tensors[name])
-    batch = train.batch_of(fresh, fresh.dev)
+    batch = train.batch_of(fresh.model, fresh.dev)
     expected = trained.model.eval()(**batch).logits
     torch.testing.assert_close(fresh.model.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
     moved = [

@@ -2,22 +2,18 @@
 
 import json
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from test_train import same, whole_and_interrupted
 
 import allocate
 import hetero
 import lora
 import runs
+import tiny
 import train
 from flags import PRESETS, parse_flags
-
-sys.path.insert(0, str(Path(train.__file__).parent / "tools"))
+from test_train import same, whole_and_interrupted
 
 
 @pytest.fixture
@@ -136,7 +132,9 @@ def test_eval_only_keeps_what_is_off_off(flags, tmp_path, capsys):
     train.main([*flags, "--out", str(out)])
     run = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]))
     assert {n for n, a in lora.adapters(run.model).items() if a.enabled} == on_set(history(out)[-1])
-    assert train.evaluate(run) == {k: runs.read_log(out)[-1][k] for k in ("accuracy", "f1")}
+    assert train.evaluate(run.model, run.task, run.dev) == {
+        k: runs.read_log(out)[-1][k] for k in ("accuracy", "f1")
+    }
 
 
 def test_random_choice_is_said(flags, tmp_path, capsys):
@@ -200,7 +198,10 @@ def test_ranks_within_a_budget(flags, tmp_path, how, monkeypatch):
         assert layer.scaling == (4 if name.endswith("proj") else 1)  # 16 / 4 and 4 / 4
         if ranks[name]:
             assert layer.lora_A.shape == (ranks[name], 12) and layer.r == ranks[name]
-    assert train.evaluate(run)["accuracy"] == runs.read_log(out)[-1]["accuracy"]
+    assert (
+        train.evaluate(run.model, run.task, run.dev)["accuracy"]
+        == runs.read_log(out)[-1]["accuracy"]
+    )
 
 
 def test_kept_ranks_compute_what_they_did():
@@ -274,6 +275,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     import matplotlib.pyplot as plt
+
     import plot
 
     out = tmp_path / "run"

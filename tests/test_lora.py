@@ -1,13 +1,13 @@
 """lora.py against dense matrices, closed forms and bit-for-bit round trips."""
 
-import dense
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import dense
 import lora
 import seeds
+import tiny
 
 
 def generic_layer(dropout=0.0):

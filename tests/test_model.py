@@ -2,11 +2,11 @@
 
 import math
 
-import dense
 import pytest
-import tiny
 import torch
 
+import dense
+import tiny
 from model import Config
 
 CASES = [(f, "classification") for f in tiny.FAMILIES] + [

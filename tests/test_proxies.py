@@ -5,11 +5,11 @@ import copy
 import warnings
 
 import pytest
-import tiny
 import torch
 
 import lora
 import proxies
+import tiny
 
 ALL = lora.SHORTCUTS["all"]
 GRADIENT_PROXIES = ("grad_norm", "snip", "grasp", "fisher", "grad_norm_slot", "snip_slot")

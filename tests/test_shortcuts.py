@@ -1,11 +1,11 @@
 """LoRA-adapted shortcut connections, all four, on all families, against explicit dense matrices."""
 
-import dense
 import pytest
-import tiny
 import torch
 
+import dense
 import lora
+import tiny
 
 CASES = [(f, kind) for f in tiny.FAMILIES for kind in ("residual", "cross", "all")]
 

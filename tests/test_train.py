@@ -4,12 +4,12 @@ import json
 import signal
 
 import pytest
-import tiny
 import torch
 
 import lora
 import report
 import runs
+import tiny
 import train
 from flags import parse_flags as flags_of
 

@@ -1,153 +1,64 @@
-"""Benchmarks, one command each: python tools/bench.py delta
+"""Benchmarks, one command each, a table and a picture: python tools/bench.py train --data-dir DIR
 
-    delta   what Delta-LoRA costs beside LoRA: time per optimizer step, and memory
+    train      pairs per second beside transformers + PEFT, and beside the matrix products alone
+    scale      time and memory over sequence length, batch, depth and width, beside PEFT
+    memory     peak memory of training beside PEFT
+    score      what each proxy costs, and the share of scoring in a HeteroLoRA run
+    agreement  how many scored batches choose what 32 choose, in real runs
+    delta      what Delta-LoRA costs beside LoRA
 
-Protocol: one process for times, arms interleaved round by round after a warm-up round, medians of
-at least three rounds with their spread; ratios are the result, seconds are not. Memory is the peak
-of fresh processes.
+The peers (tests/peers/requirements.txt) are needed for train, scale and memory. How it is
+measured: timing.py.
 """
 
 import argparse
-import resource
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lora
-from delta_lora import DeltaLoRA
-from model import Config, Transformer
-
-PLACES = {"q,v": ("q_proj", "v_proj"), "all six": lora.LINEARS}
-LAYERS = 2
-
-
-def opt_350m(layers, targets):
-    """An OPT-350M-shaped model (d 1024, FFN 4096, post-LN) of a few layers, with LoRA r 8."""
-    config = Config(
-        family="opt",
-        vocab_size=1000,
-        hidden_size=1024,
-        num_layers=layers,
-        num_heads=16,
-        ffn_dim=4096,
-        max_positions=128,
-        embed_dim=512,
-        pad_token_id=1,
-        layer_norm_eps=1e-5,
-        activation="relu",
-        pre_ln=False,
-        final_norm=False,
-        position_offset=2,
-    )
-    torch.manual_seed(0)
-    model = Transformer(config)
-    lora.inject(model, targets, r=8, lora_alpha=16)
-    lora.mark_trainable(model)
-    return model
-
-
-def batch(b=16, t=128):
-    ids = torch.randint(5, 1000, (b, t), generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(b) % 2
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def steps(model, delta, count):
-    """(seconds of a training step without delta, seconds in delta), medians over count steps."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    data, whole, extra = batch(), [], []
-    for _ in range(count):
-        start = time.perf_counter()
-        model(**data).loss.backward()
-        before = time.perf_counter()
-        if delta:
-            delta.before_step()
-        a = time.perf_counter()
-        optimizer.step()
-        b = time.perf_counter()
-        if delta:
-            delta.after_step()
-        after = time.perf_counter()
-        optimizer.zero_grad()
-        spent = (a - before) + (after - b)
-        extra.append(spent)
-        whole.append(after - start - spent)
-    return statistics.median(whole), statistics.median(extra)
-
-
-def read_and_write(model):
-    """Seconds of the physical limit: every adapted weight read and written once."""
-    weights = [layer.base.weight for layer in lora.adapters(model).values()]
-    start = time.perf_counter()
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(1.0)
-    return time.perf_counter() - start
-
-
-def peak(places, with_delta):
-    """Peak resident memory in MiB of a fresh process that takes three steps."""
-    code = (
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import bench; "
-        f"bench.three_steps({places!r}, {with_delta})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def three_steps(places, with_delta):
-    model = opt_350m(LAYERS, PLACES[places])
-    steps(model, DeltaLoRA(model, 2.0, -1) if with_delta else None, 3)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def delta(rounds):
-    """Print the table of the "delta" benchmark."""
-    models = {p: opt_350m(LAYERS, targets) for p, targets in PLACES.items()}
-    deltas = {p: DeltaLoRA(m, 2.0, -1) for p, m in models.items()}
-    shares, limits = {p: [] for p in PLACES}, {p: [] for p in PLACES}
-    for i in range(rounds + 1):
-        for p, model in models.items():
-            whole, extra = steps(model, deltas[p], 3)
-            limit = read_and_write(model)
-            if i:  # round 0 warms up
-                shares[p].append(extra / whole)
-                limits[p].append(extra / limit)
-    print(
-        "| adapted | delta's share of a training step | delta / one read and write of W "
-        "| extra peak MiB |"
-    )
-    print("|---|---|---|---|")
-    for p in PLACES:
-        share, limit = statistics.median(shares[p]), statistics.median(limits[p])
-        memory = [peak(p, True) - peak(p, False) for _ in range(3)]
-        weight = sum(a.base.weight.numel() for a in lora.adapters(models[p]).values()) / 2**18
-        print(
-            f"| {p} | {share:.1%} ({min(shares[p]):.1%} … {max(shares[p]):.1%}) | {limit:.1f} | "
-            f"{statistics.median(memory):.0f} of {weight:.0f} in W |"
-        )
-    print(
-        f"OPT-350M-shaped, {LAYERS} layers, batch 16, 128 tokens, r 8, AdamW, float32; "
-        f"{rounds} rounds of 3 steps; torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+import bench_delta
+import bench_score
+import bench_train
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["delta"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = ["train", "scale", "memory", "score", "agreement", "delta"]
+    parser.add_argument("what", choices=kinds)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--task", default="mrpc", help="of train.py (default: mrpc)")
+    parser.add_argument("--data-dir", help="of train.py")
+    parser.add_argument("--seeds", default="0,1,2", help="of agreement (default: 0,1,2)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="where the picture goes")
     args = parser.parse_args(argv)
-    if args.rounds < 3:
-        print("bench.py: --rounds needs 3 or more", file=sys.stderr)
+    try:
+        if args.rounds < 3:
+            raise ValueError(f"--rounds is {args.rounds}, allowed: 3 or more")
+        args.out.mkdir(parents=True, exist_ok=True)
+        task = (args.task, args.data_dir)
+        if args.what == "scale":
+            lines = bench_train.scale(args.rounds, args.out)
+        elif args.what == "delta":
+            lines = bench_delta.delta(args.rounds, args.out)
+        elif args.what == "score":
+            lines = bench_score.score(args.rounds, args.out, *task)
+        elif args.what == "agreement":
+            lines = bench_score.agreement(args.out, *task, [int(s) for s in args.seeds.split(",")])
+        else:
+            lines = getattr(bench_train, args.what)(args.rounds, args.out, *task)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    delta(args.rounds)
+    except ImportError as error:
+        print(
+            f"bench.py: {error}: pip install -r tests/peers/requirements.txt",
+            file=sys.stderr,
+        )
+        return 2
+    print("\n".join(lines))
     return 0
 
 

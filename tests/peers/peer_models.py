@@ -2,10 +2,10 @@
 
 import json
 
-import tiny
 import torch
 import transformers
 
+import tiny
 from model import load_pretrained
 
 SIZES = {"vocab_size": 90, "num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 3}

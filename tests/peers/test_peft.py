@@ -2,11 +2,11 @@
 
 import peft
 import pytest
-import tiny
 import torch
 
 import checkpoint
 import lora
+import tiny
 
 TARGETS = {
     "bert": ["query", "value", "intermediate.dense"],

@@ -3,11 +3,11 @@
 
 import peft
 import pytest
-import tiny
 import torch
 
 import checkpoint
 import lora
+import tiny
 from delta_lora import DeltaLoRA
 
 RATIO = 1.5

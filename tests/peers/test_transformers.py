@@ -1,7 +1,6 @@
 """model.py against transformers: logits, loss and gradients on the same weights, and token ids."""
 
 import pytest
-import tiny
 import torch
 import transformers
 from peer_models import write_tokenizer
@@ -10,6 +9,7 @@ import checkpoint
 import data
 import download
 import lora
+import tiny
 from model import load_pretrained
 
 CASES = [(f, "classification") for f in tiny.FAMILIES] + [

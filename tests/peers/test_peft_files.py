@@ -1,0 +1,155 @@
+"""tools/peft_io.py against PEFT: what we export PEFT loads, what PEFT saves we load, logit by
+logit."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from peer_models import build_pair
+
+import lora
+import peft_in
+import peft_io
+import peft_out
+import tiny
+import train
+from flags import parse_flags
+
+FAMILIES = ["bert", "roberta", "opt", "opt-350m", "gpt2"]
+KINDS = {
+    "uniform": "--preset lora --lora-alpha 5",
+    "heterogeneous": "--shortcuts none --keep 0.5 --allocate static",
+    "per rank": "--shortcuts none --allocate static --per-rank yes --budget-params 300",
+    "delta": "--preset delta-lora --delta-ratio 0.7 --delta-start 1",
+}
+
+
+def finished_run(tmp_path, family, flags):
+    """(folder of the base model, folder of a run on it, our model at the end of the run)."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    build_pair(base, family, num_labels=2)
+    task = tiny.task_folder(tmp_path / "task")
+    common = f"--task mrpc --data-dir {task} --model {base} --r 3 --epochs 2 --batch-size 5"
+    rest = f"--lr 0.05 --max-length 30 --device cpu --targets q_proj,v_proj,fc1 --out {out}"
+    assert train.main([*common.split(), *rest.split(), *flags.split()]) == 0
+    return base, out, train.prepare(parse_flags(["--resume", str(out), "--eval-only"]))
+
+
+def logits(model, run):
+    """Of the development set; transformers' models and ours take the same batch."""
+    batch = train.batch_of(run.model, run.dev[:5])
+    del batch["labels"]
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def stock(base):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    model.config.pad_token_id = 1
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_loads_into_peft(tmp_path, family, kind):
+    """With and without padding; and our own reader gets the same function back."""
+    base, out, run = finished_run(tmp_path, family, KINDS[kind])
+    expected = logits(run.model, run)
+    plain = logits(stock(base), run)
+    assert (expected - plain).abs().max() > 1e-3  # the adapter does something
+    for pad in (False, True):
+        folder = tmp_path / f"adapter-{pad}"
+        config = peft_out.export(out, folder, pad=pad)
+        assert bool(config["rank_pattern"]) == (kind == "per rank" and not pad) or family == "gpt2"
+        lines, agree = peft_io.inspect(folder)
+        assert agree, lines
+        peer = peft.PeftModel.from_pretrained(stock(base), folder)
+        torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=1e-6)
+        fresh, _ = peft_io.load_pretrained(str(base), num_labels=2)
+        peft_in.put(fresh, *peft_in.read(folder, fresh))
+        torch.testing.assert_close(logits(fresh, run), expected, rtol=0, atol=1e-6)
+    if kind == "delta":
+        assert config["r"] == (6 if family != "gpt2" else 12)  # r 3, doubled; GPT-2: q and v
+    if kind == "heterogeneous":
+        enabled = [n for n, a in lora.adapters(run.model).items() if a.enabled]
+        assert 0 < len(enabled) < len(lora.adapters(run.model))
+
+
+PEFT_CONFIGS = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"PLACE": 4}, "alpha_pattern": {"PLACE": 7}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"PLACE": 5}},
+}
+PEFT_TARGETS = {
+    "bert": ["query", "value", "intermediate.dense"],
+    "roberta": ["query", "key", "attention.output.dense"],
+    "opt": ["q_proj", "v_proj", "fc2"],
+    "opt-350m": ["k_proj", "out_proj", "fc1"],
+    "gpt2": ["c_attn", "c_fc"],
+}
+CASES = [(f, "classification") for f in FAMILIES] + [(f, "lm") for f in FAMILIES[2:]]
+
+
+@pytest.mark.parametrize("kind", PEFT_CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [(f, "classification") for f in FAMILIES] + [(f, "lm") for f in FAMILIES[2:]],
+)
+def test_an_adapter_of_peft_loads_into_ours(tmp_path, family, head, kind):
+    """Random A, B and head; patterns by regex; classification heads, and language models."""
+    peer, ours = build_pair(tmp_path, family, head)
+    targets = PEFT_TARGETS[family]
+    text = json.dumps(PEFT_CONFIGS[kind]).replace("PLACE", rf"(0|2)\\..*{targets[0]}")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=targets,
+        task_type="CAUSAL_LM" if head == "lm" else "SEQ_CLS",
+        **json.loads(text),
+    )
+    peer = peft.get_peft_model(peer, config).double().eval()
+    tiny.randomise([p for p in peer.parameters() if p.requires_grad], 2)
+    peer.save_pretrained(tmp_path / "adapter")
+    pairs, parameters = peft_in.read(tmp_path / "adapter", ours)
+    layers = peft_in.put(ours, pairs, parameters)
+    batch = tiny.batch(ours.config)
+    real = batch["attention_mask"].bool() if head == "lm" else slice(None)
+    with torch.no_grad():  # the file is in float32 where the peer's model was not
+        got, expected = ours.eval()(**batch).logits[real], peer(**batch).logits[real]
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    if kind == "patterns":
+        assert len({a.r for a in layers.values()}) == 2
+        assert len({a.scaling for a in layers.values()}) == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_shortcuts_live_in_a_prepared_model(tmp_path, family):
+    """prepare() changes nothing by itself; with the adapter it computes what our model does."""
+    flags = "--shortcuts all --allocate none --shortcut-alpha 2"
+    base, out, run = finished_run(tmp_path, family, flags)
+    folder = tmp_path / "adapter"
+    with pytest.raises(ValueError, match=r"11 shortcuts are on .* a stock model has no place"):
+        peft_out.export(out, folder)
+    config = peft_out.export(out, folder, keep_shortcuts=True)
+    places = [p for p in config["target_modules"] if "residual" in p or "shortcut" in p]
+    assert len(places) == 11
+    peer = stock(base)
+    before = logits(peer, run)
+    peft_io.prepare(peer, places)
+    assert torch.equal(logits(peer, run), before)
+    peer = peft.PeftModel.from_pretrained(peer, folder)
+    expected = logits(run.model, run)
+    torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=1e-6)
+    assert (expected - before).abs().max() > 1e-3
+
+
+def test_transformers_own_loader(tmp_path):
+    """model.load_adapter reads the same folder, head included."""
+    base, out, run = finished_run(tmp_path, "opt", KINDS["heterogeneous"])
+    peft_out.export(out, tmp_path / "adapter")
+    model = stock(base)
+    model.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(model, run), logits(run.model, run), rtol=0, atol=1e-6)

@@ -1,0 +1,154 @@
+"""What scoring costs, and how many batches it takes: the "score" and "agreement" benchmarks.
+
+    score       each proxy, in training steps of the same batches; a reallocation without its
+                scores; the share of scoring in real runs
+    agreement   |S_n and S_32| / |S_32|: the share of what 32 batches choose that n batches choose
+                too, over the decisions of real runs; and the share that 32 other batches choose
+
+What this file does not do: judge which choice trains better (tools/compare.py).
+"""
+
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import allocate
+import flags
+import lora
+import proxies
+import runs
+import seeds
+import timing
+import train
+
+COUNTS = (1, 2, 4, 8, 16, 32)
+EVERY = 0.5  # epochs between two decisions of the "agreement" runs
+PRESET = "--preset heterolora --lr 1e-3 --batch-size 16"
+
+
+def flags_of(task, data_dir, rest=""):
+    given = ["--task", task, *rest.split()]
+    return given + (["--data-dir", data_dir] if data_dir else [])
+
+
+# -------------------------------------------------------------------------------------------- score
+
+
+def share_in_a_run(argv):
+    """(share of scoring in the seconds of a run, number of decisions)."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with quiet, contextlib.redirect_stderr(io.StringIO()):
+            train.main([*argv, "--epochs", "1", "--out", f"{folder}/run"])
+        log = runs.read_log(Path(folder) / "run")
+    done, decisions = log[-1], [e for e in log if e["event"] == "score"]
+    return done["score_seconds"] / done["seconds"], len(decisions)
+
+
+def reallocation(modules=300):
+    """A decision among many modules of two sizes, ranked and within a budget: {name: function}."""
+    rng = torch.Generator().manual_seed(0)
+    places = ("q_proj", "v_proj", "fc1", "fc2", "residual_1", "shortcut_sa")
+    names = [f"layers.{i}.{place}" for i in range(modules // len(places)) for place in places]
+    scores = dict(zip(names, torch.rand(len(names), generator=rng).tolist(), strict=True))
+    costs = {n: 8 * 1024 * (5 if "fc" in n else 2) for n in names}
+    budget = sum(costs.values()) // 4
+    return {
+        "ranked": lambda: allocate.keep_top(scores, 0.25, generator=rng),
+        "within a budget": lambda: allocate.within_budget(scores, costs, budget, rng),
+    }
+
+
+def score(rounds, out, task, data_dir):
+    """Lines of the "score" table; the picture goes to out."""
+    run = train.set_up(flags.parse_flags(flags_of(task, data_dir)))
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in lora.adapters(run.model).values():
+            layer.lora_B.normal_(0, 0.02, generator=rng)
+    batches = train.score_batches(run)
+    groups = train.epoch_steps(run, 0)[:8]
+    arms = {"step": lambda: [train.train_step(run, g, 1e-3) for g in groups]}
+    for name in proxies.PROXIES:
+        arms[name] = lambda name=name: proxies.score(name, run.model, batches)
+    seconds = timing.interleaved(arms, rounds)
+    steps = [s / len(groups) for s in seconds.pop("step")]
+    ratios = {name: timing.ratio(s, steps) for name, s in seconds.items()}
+    lines = [f"| proxy, {len(batches)} batches | in training steps |", "|---|---|"]
+    lines += [f"| {name} | {timing.show(three, 1)} |" for name, three in ratios.items()]
+    lines += ["", "| a decision among 300 modules, without its scores | ms |", "|---|---|"]
+    for name, values in timing.interleaved(reallocation(), rounds).items():
+        ms = [1000 * v for v in values]
+        lines.append(f"| {name} | {timing.show((statistics.median(ms), min(ms), max(ms)), 1)} |")
+    lines += ["", "| one epoch of | decisions | share of scoring in its time |", "|---|---|---|"]
+    for rest in ("", PRESET):
+        share, decisions = share_in_a_run(flags_of(task, data_dir, rest))
+        lines.append(f"| `train.py {rest}` | {decisions} | {share:.1%} |")
+    lines += ["", f"{task}, MiniLM, 35 modules, batch 16; " + timing.conditions(rounds)]
+    timing.bars(out / "bench-score.png", ratios, f"training steps ({len(batches)} batches)")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------- agreement
+
+
+def decisions(argv):
+    """Train as the flags say; at each decision score with every count of COUNTS, choose by 32.
+
+    Returns:
+        list of {count: share of S_32, "others": the share that the next 32 batches choose}.
+    """
+    run = train.set_up(flags.parse_flags(argv))
+    args, found = run.args, []
+    args.score_batches = 2 * COUNTS[-1]
+    examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size
+    batches = [
+        train.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
+    ]  # in the order of the training set, so that n batches are a part of 32
+
+    def chosen(batches):
+        scores = proxies.score(args.proxy, run.model, batches)
+        ties = seeds.generator(args.seed, f"allocation/{run.step}")
+        return allocate.keep_top(scores, args.keep, generator=ties)
+
+    for run.epoch in range(args.epochs):
+        run.model.train()
+        groups = train.epoch_steps(run, run.epoch)
+        for i, group in enumerate(groups):
+            if run.plan.due(run.step, i, len(groups)):
+                sets = {n: chosen(batches[:n]) for n in COUNTS}
+                sets["others"] = chosen(batches[COUNTS[-1] :])
+                on = sets[COUNTS[-1]]
+                found.append({n: len(s & on) / len(on) for n, s in sets.items()})
+                for name, layer in lora.adapters(run.model).items():
+                    layer.enabled = name in on
+            train.train_step(run, group, args.lr)
+            run.step += 1
+    return found
+
+
+def agreement(out, task, data_dir, run_seeds):
+    """Lines of the "agreement" table; the picture goes to out."""
+    rest = f"--every {EVERY} --epochs 2"
+    started, found = time.monotonic(), []
+    for seed in run_seeds:
+        found += decisions(flags_of(task, data_dir, f"{rest} --seed {seed}"))
+    lines = ["| batches of 16 | share of what 32 choose | smallest |", "|---|---|---|"]
+    picture = {}
+    for n in (*COUNTS[:-1], "others"):
+        shares = [d[n] for d in found]
+        name = "the next 32" if n == "others" else str(n)
+        picture[name] = (statistics.mean(shares), min(shares), max(shares))
+        lines.append(f"| {name} | {statistics.mean(shares):.1%} | {min(shares):.0%} |")
+    lines += ["", f"{len(found)} decisions: seeds {run_seeds}, `train.py {rest}`, {task}"]
+    lines.append(f"torch {torch.__version__}; {time.monotonic() - started:.0f} s")
+    timing.bars(out / "bench-agreement.png", picture, "share of what 32 batches choose", 0.95)
+    return lines

@@ -1,0 +1,319 @@
+"""A training step beside transformers + PEFT: the "train", "scale" and "memory" benchmarks.
+
+Equal math: the same weights, A, head, batches and optimizer, dropout 0; the losses are compared.
+The floor: a loop of nothing but the matrix products that no implementation can avoid: two per
+frozen weight (forward, and the gradient of its input) over the real tokens, in the last layer at
+the read position alone, and no gradient for what lies below the first adapter.
+
+What this file does not do: measure accuracy (tests/peers/train_peft.py, tools/compare.py).
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoint
+import data
+import download
+import lora
+import seeds
+import timing
+from model import Config, Transformer, load_pretrained
+
+BATCH, STEPS = 16, 20
+PEER_TARGETS = {"bert": ["query", "value"], "opt": ["q_proj", "v_proj"]}
+OURS, PEER = "ours", "transformers + PEFT"
+
+
+# --------------------------------------------------------------------------------------- both sides
+
+
+def adapted(model):
+    """Ours: LoRA r 8 on query and value."""
+    lora.inject(model, ("q_proj", "v_proj"), r=8, lora_alpha=16)
+    lora.mark_trainable(model)
+    return model.train()
+
+
+def peft_model(peer, family):
+    """Theirs: the same, by PEFT's own functions."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=PEER_TARGETS[family], task_type="SEQ_CLS"
+    )
+    return peft.get_peft_model(peer, config).train()
+
+
+def minilm_peer(ours, dropout):
+    """transformers' MiniLM with PEFT, given our A and head."""
+    import transformers
+
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(
+        download.model_folder("minilm"),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    peer = peft_model(peer, "bert")
+    parameters = dict(peer.named_parameters())
+    with torch.no_grad():
+        for name, layer in lora.adapters(ours).items():
+            path = f"base_model.model.bert.{checkpoint.hf_module('bert', name)}"
+            parameters[f"{path}.lora_A.default.weight"].copy_(layer.lora_A)
+        for name, parameter in ours.classifier.named_parameters():
+            path = "base_model.model.classifier.modules_to_save.default"
+            parameters[f"{path}.{name}"].copy_(parameter)
+    return peer
+
+
+def training(model, batches):
+    """A function that takes one optimizer step on each batch and returns the losses."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def steps():
+        losses = []
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        return losses
+
+    return steps
+
+
+def minilm_batches(task, data_dir, tokenizer):
+    """STEPS batches of the same training pairs: (grouped by length, at random)."""
+    texts, _ = data.load_task(task, data_dir)
+    examples, _ = data.encode(texts[: BATCH * STEPS], tokenizer, 128)
+    rng = seeds.generator(0, "bench")
+    grouped = data.grouped_by_length(examples, BATCH, rng)
+    order = torch.randperm(len(examples), generator=rng).tolist()
+    mixed = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    return tuple(
+        [data.collate([examples[i] for i in indices], 0, True) for indices in batches]
+        for batches in (grouped, mixed)
+    )
+
+
+# -------------------------------------------------------------------------------------------- train
+
+
+def floor(config, batches):
+    """The matrix products of one pass over the batches, and nothing else."""
+    d, f, last = config.hidden_size, config.ffn_dim, config.num_layers - 1
+    square, up, down = torch.randn(d, d), torch.randn(d, f), torch.randn(f, d)
+
+    def products():
+        for batch in batches:
+            b, n = len(batch["labels"]), int(batch["attention_mask"].sum())
+            wide, narrow = torch.randn(n, d), torch.randn(n, f)
+            for layer in range(config.num_layers):
+                rows = b if layer == last else n  # of q, out, fc1, fc2
+                for _ in range(2):  # k, v
+                    wide @ square
+                for _ in range(2):  # q, out
+                    wide[:rows] @ square
+                wide[:rows] @ up
+                narrow[:rows] @ down
+                for _ in range(2 if layer else 0):  # gradients of the inputs of k, v
+                    wide @ square
+                for _ in range(2 if layer else 1):  # of q, out
+                    wide[:rows] @ square
+                wide[:rows] @ up
+                narrow[:rows] @ down
+
+    return products
+
+
+def train(rounds, out, task, data_dir):
+    """Lines of the "train" table; the picture goes to out."""
+    import peft
+    import transformers
+
+    base, tokenizer = load_pretrained("minilm")
+    ours = adapted(base)
+    grouped, mixed = minilm_batches(task, data_dir, tokenizer)
+    dropped = adapted(load_pretrained("minilm", dropout=0.1)[0])
+    arms = {
+        f"{PEER}, dropout 0.1, random batches": training(minilm_peer(ours, 0.1), mixed),
+        f"{PEER}, random batches": training(minilm_peer(ours, 0.0), mixed),
+        f"{PEER}, batches by length": training(minilm_peer(ours, 0.0), grouped),
+        f"{OURS}, dropout 0.1, random batches": training(dropped, mixed),
+        f"{OURS}, batches by length": training(ours, grouped),
+        "floor: the matrix products alone": floor(ours.config, grouped),
+    }
+    default, _, equal, _, best, least = arms
+    losses = [[], []]
+    recorded = {
+        equal: lambda run=arms[equal]: losses[0].extend(run()),
+        best: lambda run=arms[best]: losses[1].extend(run()),
+    }
+    seconds = timing.interleaved({**arms, **recorded}, rounds)
+    pairs = BATCH * STEPS
+    lines = ["| arm | pairs/s | against PEFT's default loop |", "|---|---|---|"]
+    ratios = {name: timing.ratio(seconds[default], seconds[name]) for name in arms}
+    for name in arms:
+        rate = pairs / statistics.median(seconds[name])
+        lines.append(f"| {name} | {rate:.1f} | {timing.show(ratios[name])} |")
+    worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    lines += [
+        "",
+        f"at equal math and batches: {timing.show(timing.ratio(seconds[equal], seconds[best]))}",
+        f"share of the floor: {timing.show(timing.ratio(seconds[least], seconds[best]))}",
+        f"largest difference of a loss at equal math, {len(losses[0])} steps: {worst:.1e}",
+        f"{pairs} {task} pairs a round, batch {BATCH}, MiniLM, r 8 on q, v; "
+        + timing.conditions(rounds, transformers, peft),
+    ]
+    picture = {name: values for name, values in ratios.items() if name != least}
+    timing.bars(out / "bench-train.png", picture, "speed, PEFT's default loop = 1", 1.0)
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def minilm_peak(side, task, data_dir):
+    """Peak MiB of two rounds of steps above the loaded model, for in_fresh_process."""
+    base, tokenizer = load_pretrained("minilm")
+    ours = adapted(base)
+    model = ours if side == OURS else minilm_peer(ours, 0.0)
+    steps = training(model, minilm_batches(task, data_dir, tokenizer)[0])
+    return timing.peak_above(steps)
+
+
+def memory(rounds, out, task, data_dir):
+    """Lines of the "memory" table."""
+    import peft
+    import transformers
+
+    calls = {side: f"minilm_peak({side!r}, {task!r}, {data_dir!r})" for side in (PEER, OURS)}
+    peaks = {side: [] for side in calls}
+    for _ in range(rounds):
+        for side, call in calls.items():
+            peaks[side].append(timing.in_fresh_process("bench_train", call))
+    lines = ["| side | peak MiB above the loaded model |", "|---|---|"]
+    triples = {s: (statistics.median(p), min(p), max(p)) for s, p in peaks.items()}
+    lines += [f"| {side} | {timing.show(three, 0)} |" for side, three in triples.items()]
+    share = timing.show(timing.ratio(peaks[OURS], peaks[PEER]))
+    lines += ["", f"ours against PEFT's: {share}"]
+    lines.append(timing.conditions(rounds, transformers, peft))
+    timing.bars(out / "bench-memory.png", triples, "peak MiB above the loaded model")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------- scale
+
+BASE = {"t": 128, "b": 8, "layers": 4, "d": 256}
+AXES = {"t": (32, 64, 128, 256, 512), "b": (2, 4, 8, 16), "layers": (2, 4, 8), "d": (128, 256, 512)}
+
+
+def random_sides(side, t, b, layers, d, family="bert"):
+    """A model of the given size with random weights, and one batch without padding."""
+    ids = torch.randint(5, 1000, (b, t), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.arange(b) % 2
+    torch.manual_seed(0)
+    if side == OURS:
+        shared = dict(vocab_size=1000, hidden_size=d, num_layers=layers, num_heads=d // 32)
+        shared |= dict(ffn_dim=4 * d, max_positions=512, pad_token_id=1)
+        if family == "bert":
+            rest = dict(embed_dim=d, layer_norm_eps=1e-12, activation="gelu", type_vocab_size=2)
+        else:  # OPT-350M
+            rest = dict(embed_dim=512, layer_norm_eps=1e-5, activation="relu", position_offset=2)
+            shared["num_heads"] = 16
+        model = Transformer(Config(family, **shared, **rest, pre_ln=False, final_norm=False))
+        return adapted(model), [batch]
+    import transformers
+
+    if family == "bert":
+        config = transformers.BertConfig(
+            vocab_size=1000,
+            hidden_size=d,
+            num_hidden_layers=layers,
+            num_attention_heads=d // 32,
+            intermediate_size=4 * d,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    else:
+        config = transformers.OPTConfig(
+            vocab_size=1000,
+            hidden_size=d,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            ffn_dim=4 * d,
+            max_position_embeddings=512,
+            word_embed_proj_dim=512,
+            do_layer_norm_before=False,
+            dropout=0.0,
+        )
+    peer = transformers.AutoModelForSequenceClassification.from_config(config)
+    return peft_model(peer, family), [batch]
+
+
+def random_peak(side, **size):
+    """Peak MiB of three steps above the loaded model, for in_fresh_process."""
+    steps = training(*random_sides(side, **size))
+
+    def work():
+        for _ in range(3):
+            steps()
+
+    return timing.peak_above(work)
+
+
+def point(rounds, **size):
+    """(seconds of ours, of PEFT's, peak of ours, of PEFT's), lists for the seconds."""
+    arms = {side: training(*random_sides(side, **size)) for side in (OURS, PEER)}
+    seconds = timing.interleaved(arms, rounds)
+    arguments = ", ".join(f"{k}={v!r}" for k, v in size.items())
+    peaks = [
+        timing.in_fresh_process("bench_train", f"random_peak({side!r}, {arguments})")
+        for side in (OURS, PEER)
+    ]
+    return seconds[OURS], seconds[PEER], *peaks
+
+
+def scale(rounds, out):
+    """Lines of the "scale" table; the picture goes to out."""
+    import peft
+    import transformers
+
+    lines = [
+        "| size | ours, ms a step | PEFT's time / ours | ours, peak MiB | PEFT's peak / ours |",
+        "|---|---|---|---|---|",
+    ]
+    panels = [[], []]
+    for axis, values in AXES.items():
+        times, peaks = {OURS: [], PEER: []}, {OURS: [], PEER: []}
+        for value in values:
+            found = point(rounds, **{**BASE, axis: value})
+            lines.append(row(f"{axis} = {value}", found))
+            for i, side in enumerate((OURS, PEER)):
+                times[side].append(1000 * statistics.median(found[i]))
+                peaks[side].append(found[2 + i])
+        panels[0].append(("", axis, "ms a step", {s: (values, ys) for s, ys in times.items()}))
+        panels[1].append(("", axis, "peak MiB", {s: (values, ys) for s, ys in peaks.items()}))
+    opt = point(rounds, t=128, b=4, layers=24, d=1024, family="opt")
+    lines.append(row("OPT-350M-shaped: t = 128, b = 4, 24 layers, d = 1024", opt))
+    others = ", ".join(f"{k} = {v}" for k, v in BASE.items())
+    lines += ["", f"BERT-shaped, the others at {others}; r 8 on q, v; random weights, dropout 0"]
+    lines.append(timing.conditions(rounds, transformers, peft))
+    timing.curves(out / "bench-scale.png", panels[0] + panels[1])
+    return lines
+
+
+def row(name, found):
+    ours, theirs, our_peak, their_peak = found
+    return (
+        f"| {name} | {1000 * statistics.median(ours):.0f} | "
+        f"{timing.show(timing.ratio(theirs, ours))} | {our_peak:.0f} | "
+        f"{their_peak / our_peak:.2f} |"
+    )

@@ -1,0 +1,236 @@
+"""A run of ours as a PEFT adapter folder (files of PEFT 0.21), exact for every kind of run.
+
+    ours                       PEFT (full paths: relative to the HF model)
+    layers.0.q_proj.lora_A     base_model.model.<full path>.lora_A.weight       (r, in)
+    layers.0.q_proj.lora_B     base_model.model.<full path>.lora_B.weight       (out, r)
+    scaling                    lora_alpha / r, by module: alpha_pattern / rank_pattern
+    classifier, pooler, score  base_model.model.<HF path>.weight, and modules_to_save
+
+What is off is absent: PEFT refuses rank 0. GPT-2 has q, k, v in one matrix (d -> 3d): A is stacked
+and B block-diagonal, of rank r_q + r_k + r_v. Delta-LoRA is the adapter of rank <= 2r on the
+original weights (delta_lora.py, export). The command line is peft_io.py's.
+
+What this file does not do: train, read PEFT folders (peft_in.py).
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoint
+import download
+import lora
+import runs
+
+ROOT = "base_model.model."
+HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
+    "bert": {"classifier": "classifier", "pooler": "pooler"},
+    "roberta": {"classifier": "classifier", "pooler": "classifier"},
+    "opt": {"score": "score"},
+    "gpt2": {"score": "score"},
+}
+
+
+@dataclasses.dataclass
+class Pair:
+    """delta W = scaling * B A; A (r, in), B (out, r)."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+
+    @property
+    def r(self):
+        return len(self.lora_A)
+
+    def folded(self):
+        """The same with scaling 1, B carrying it."""
+        return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)
+
+    def norm(self):
+        """||scaling B A||_F without the (out, in) matrix: ||B A||^2 = tr(B^T B A A^T)."""
+        a, b = self.lora_A.double(), self.lora_B.double()
+        return abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+
+
+def full_path(family, module):
+    """Our module -> its path in the HF model with a head: "bert.encoder.layer.0.…"."""
+    place = module.rpartition(".")[2]
+    if place in lora.RESIDUALS + lora.CROSS:
+        _, i, _ = module.split(".")
+        return f"{checkpoint.PREFIX[family]}{checkpoint.STACK[family]}.{i}.{place}"
+    outside = ("classifier", "score", "pooler") if family == "roberta" else ("classifier", "score")
+    prefix = "" if module in outside else checkpoint.PREFIX[family]
+    return prefix + checkpoint.hf_module(family, module)
+
+
+def read_run(folder):
+    """A finished run's adapter: (flags, {our name: Pair of what is on}, {head parameter: tensor}).
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or not finished.
+    """
+    flags = runs.read_config(folder)
+    path = Path(folder) / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
+        )
+    tensors = checkpoint.read_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["adapters"])
+    pairs = {
+        name: Pair(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], a["scaling"])
+        for name, a in about.items()
+        if a["enabled"]
+    }
+    head = {name: t for name, t in tensors.items() if ".lora_" not in name}
+    return flags, pairs, head
+
+
+def without_shortcuts(pairs, drop):
+    """The pairs on linear layers; ValueError where a shortcut would be lost."""
+    cross = [n for n in pairs if n.rpartition(".")[2] in lora.RESIDUALS + lora.CROSS]
+    alive = [n for n in cross if pairs[n].norm() > 0]
+    if alive:
+        raise ValueError(
+            f"{len(alive)} shortcuts are on ({', '.join(alive[:3])}…) and a stock model has no "
+            "place for them: train with --shortcuts none, or export with --keep-shortcuts for a "
+            "model that prepare() was called on"
+        )
+    if cross and not drop:
+        raise ValueError(
+            f"{len(cross)} shortcuts are on, all zero: --drop-shortcuts leaves them out"
+        )
+    return {n: p for n, p in pairs.items() if n not in cross}
+
+
+def fuse_gpt2(pairs):
+    """q, k, v of a layer as one pair on c_attn: A stacked, B block-diagonal; {module: Pair}."""
+    fused = {
+        n: p for n, p in pairs.items() if n.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj")
+    }
+    for i in dict.fromkeys(n.split(".")[1] for n in pairs if n not in fused):
+        parts = [pairs.get(f"layers.{i}.{p}_proj") for p in "qkv"]
+        there = [p.folded() for p in parts if p]
+        d = len(there[0].lora_B)
+        lora_A = torch.cat([p.lora_A for p in there])  # (r_q + r_k + r_v, d)
+        lora_B = torch.zeros(3 * d, len(lora_A)).to(lora_A)
+        column = 0
+        for row, part in enumerate(parts):
+            if part:
+                lora_B[row * d : (row + 1) * d, column : column + part.r] = part.folded().lora_B
+                column += part.r
+        fused[f"layers.{i}.q_proj"] = Pair(lora_A, lora_B, 1.0)  # its HF path is c_attn's
+    return fused
+
+
+def padded(pairs):
+    """Every pair at the largest rank, with zeros, and scaling 1."""
+    largest = max(p.r for p in pairs.values())
+    result = {}
+    for name, pair in pairs.items():
+        a, b = pair.lora_A, pair.folded().lora_B
+        more = largest - pair.r
+        lora_A = torch.cat([a, a.new_zeros(more, a.shape[1])])  # (largest, in)
+        result[name] = Pair(lora_A, torch.cat([b, b.new_zeros(len(b), more)], 1), 1.0)
+    return result
+
+
+def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropout=0.0):
+    """A PEFT adapter: (content of adapter_config.json, tensors of adapter_model.safetensors).
+
+    Args:
+        pairs: {our module: Pair}, of what is on. head: {our parameter: tensor}.
+        family: bert, roberta, opt or gpt2. base: hub id or path of the base model.
+        pad: one rank for all, for consumers that ignore rank_pattern and alpha_pattern.
+        task_type: "SEQ_CLS" or "CAUSAL_LM". dropout: lora_dropout, as trained.
+
+    Raises:
+        ValueError: no pair.
+    """
+    pairs = {n: p for n, p in pairs.items() if p.r}
+    if not pairs:
+        raise ValueError("no LoRA module is on: PEFT has no adapter without one")
+    pairs = fuse_gpt2(pairs) if family == "gpt2" else pairs
+    pairs = padded(pairs) if pad else pairs
+    paths = {full_path(family, name): pair for name, pair in pairs.items()}
+    r = max(p.r for p in paths.values())
+    largest = next(p for p in paths.values() if p.r == r)
+    alpha = largest.scaling * r
+    saved = sorted({HEADS[family][n.rpartition(".")[0]] for n in head})
+    config = {
+        "alpha_pattern": {n: p.scaling * p.r for n, p in paths.items() if p.scaling * p.r != alpha},
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": family == "gpt2",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {name: p.r for name, p in paths.items() if p.r != r},
+        "target_modules": sorted(paths),
+        "task_type": task_type,
+        "use_rslora": False,
+    }
+    tensors = {}
+    for path, pair in paths.items():
+        tensors[f"{ROOT}{path}.lora_A.weight"] = pair.lora_A
+        tensors[f"{ROOT}{path}.lora_B.weight"] = pair.lora_B
+    for name, tensor in head.items():
+        module, _, kind = name.rpartition(".")
+        tensors[f"{ROOT}{full_path(family, module)}.{kind}"] = tensor
+    return config, tensors
+
+
+def write_peft(folder, config, tensors, *copied):
+    """Write a PEFT adapter folder, whole or not at all; the same content gives the same bytes."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder: give another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "adapter"
+        new.mkdir()
+        content = {n: tensors[n].detach().float().contiguous() for n in sorted(tensors)}
+        (new / "adapter_model.safetensors").write_bytes(
+            safetensors.torch.save(content, {"format": "pt"})
+        )
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (new / "adapter_config.json").write_text(text + "\n")
+        for path in copied:
+            if path.is_file():
+                shutil.copy(path, new)
+        new.replace(folder)
+
+
+def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
+    """RUN -> a PEFT adapter folder, with the run's allocation.json beside it.
+
+    Raises:
+        ValueError: shortcuts that a stock model has no place for, another LayerNorm than a stock
+            model's (--shortcut-norm reuse), or nothing on. OSError: see read_run, write_peft.
+    """
+    flags, pairs, head = read_run(run)
+    if not keep_shortcuts:
+        if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
+            raise ValueError("--shortcut-norm reuse adds LayerNorms that a stock model lacks")
+        pairs = without_shortcuts(pairs, drop_shortcuts)
+    name = flags["model"]
+    family = checkpoint.read_config(download.model_folder(name)).get("model_type")
+    base = download.MINILM_REPO if name == "minilm" else name
+    config, tensors = peft_files(pairs, head, family, base, pad, dropout=flags["lora_dropout"])
+    write_peft(folder, config, tensors, Path(run) / "allocation.json")
+    return config
