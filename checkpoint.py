@@ -109,6 +109,27 @@ def size(hf, field):
     return value
 
 
+def switch(hf, field, default):
+    value = hf.get(field, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {field} is {value!r}, expected true or false")
+    return value
+
+
+def epsilon(hf, field, default):
+    value = hf.get(field, default)
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ValueError(f"config.json: {field} is {value!r}, expected a number between 0 and 1")
+    return value
+
+
+def padding_id(hf, default, vocab_size):
+    value = hf.get("pad_token_id", default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise ValueError(f"config.json: pad_token_id is {value!r}, expected an id below vocab_size")
+    return value
+
+
 def refuse_unsupported(hf, family, activation, activations):
     for field, allowed in {**REFUSED["*"], **REFUSED[family]}.items():
         if hf.get(field) not in allowed:
@@ -125,34 +146,31 @@ def refuse_unsupported(hf, family, activation, activations):
 
 def family_fields(hf, family, sizes):
     """What differs between families: LayerNorm, positions, padding; defaults as transformers'."""
-    fields, d = {}, sizes["hidden_size"]
+    fields, d, vocab_size = {}, sizes["hidden_size"], sizes["vocab_size"]
     if family in ("bert", "roberta"):
-        pad = hf.get("pad_token_id", 0 if family == "bert" else 1)
+        pad = padding_id(hf, 0 if family == "bert" else 1, vocab_size)
         fields |= {"pre_ln": False, "final_norm": False, "pad_token_id": pad}
-        fields["layer_norm_eps"] = hf.get("layer_norm_eps", 1e-12)
-        fields["type_vocab_size"] = hf.get("type_vocab_size", 2)
+        fields["layer_norm_eps"] = epsilon(hf, "layer_norm_eps", 1e-12)
+        fields["type_vocab_size"] = size({"type_vocab_size": 2, **hf}, "type_vocab_size")
         if family == "roberta":  # positions count from pad + 1
             fields["position_offset"] = pad + 1
             fields["max_positions"] = sizes["max_positions"] - pad - 1
     elif family == "opt":
-        pre_ln = hf.get("do_layer_norm_before", True)
-        final_norm = pre_ln and not hf.get("_remove_final_layer_norm", False)
-        fields |= {
-            "pre_ln": pre_ln,
-            "final_norm": final_norm,
-            "pad_token_id": hf.get("pad_token_id", 1),
-        }
+        pre_ln = switch(hf, "do_layer_norm_before", True)
+        final_norm = pre_ln and not switch(hf, "_remove_final_layer_norm", False)
+        fields |= {"pre_ln": pre_ln, "final_norm": final_norm}
         fields |= {"position_offset": 2, "layer_norm_eps": 1e-5}
-        fields["embed_dim"] = hf.get("word_embed_proj_dim") or d
+        fields["pad_token_id"] = padding_id(hf, 1, vocab_size)
+        if hf.get("word_embed_proj_dim") is not None:
+            fields["embed_dim"] = size(hf, "word_embed_proj_dim")
     else:
-        fields |= {
-            "pre_ln": True,
-            "final_norm": True,
-            "layer_norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        }
-        fields["ffn_dim"] = hf.get("n_inner") or 4 * d
+        fields |= {"pre_ln": True, "final_norm": True}
+        fields["layer_norm_eps"] = epsilon(hf, "layer_norm_epsilon", 1e-5)
+        fields["ffn_dim"] = 4 * d if hf.get("n_inner") is None else size(hf, "n_inner")
         # GPT-2 has no padding token; any id does, since padding is masked and never read.
-        fields["pad_token_id"] = hf.get("pad_token_id") or hf.get("eos_token_id") or 0
+        ids = [hf.get(field) for field in ("pad_token_id", "eos_token_id")]
+        given = {"pad_token_id": next((i for i in ids if i is not None), 0)}
+        fields["pad_token_id"] = padding_id(given, 0, vocab_size)
     return fields
 
 
@@ -172,7 +190,7 @@ def config_fields(hf, activations):
         ValueError: names the field, what it is, and what is implemented.
     """
     family = hf.get("model_type")
-    if family not in SIZES:
+    if not isinstance(family, str) or family not in SIZES:
         raise ValueError(
             f"config.json: model_type {family!r} is not implemented, only "
             f"{', '.join(sorted(SIZES))}"
@@ -180,15 +198,16 @@ def config_fields(hf, activations):
     default = {"opt": "relu", "gpt2": "gelu_new"}.get(family, "gelu")
     activation = hf.get("hidden_act" if family in ("bert", "roberta") else "activation_function")
     activation = activation or hf.get("activation_function") or default
+    if not isinstance(activation, str):
+        raise ValueError(f"config.json: the activation is {activation!r}, expected a name")
     activation = SAME.get(activation, activation)
     refuse_unsupported(hf, family, activation, activations)
     fields = {ours: size(hf, theirs) for ours, theirs in SIZES[family].items()}
     d = fields["hidden_size"]
     fields |= {"family": family, "activation": activation, "embed_dim": d}
     fields |= family_fields(hf, family, fields)
-    pad = fields["pad_token_id"]
-    if not isinstance(pad, int) or not 0 <= pad < fields["vocab_size"]:
-        raise ValueError(f"config.json: pad_token_id is {pad!r}, expected an id below vocab_size")
+    if fields["max_positions"] < 1:
+        raise ValueError(f"config.json: max_position_embeddings leaves {fields['max_positions']}")
     return fields
 
 

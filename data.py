@@ -130,7 +130,15 @@ def load_task(name, data_dir=None):
         )
     if not (folder / "train.tsv").is_file() and (folder / task.folder).is_dir():
         folder /= task.folder
-    return read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
+    train, dev = read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
+    if len(train) > 1 and one_label(train):
+        raise ValueError(f"{folder / 'train.tsv'}: all {len(train)} examples have one label")
+    return train, dev
+
+
+def one_label(examples):
+    """Whether all examples have the same label: nothing can be learnt, or told, from them."""
+    return len({label for _, label in examples}) == 1
 
 
 def read_tsv(path, task):
@@ -230,8 +238,9 @@ def encode(examples, tokenizer, max_length):
         encodings = tokenizer.encode_batch(texts)
     finally:
         tokenizer.no_truncation()
+    empty = tokenizer.token_to_id("<|endoftext|>")  # GPT-2 alone adds no token of its own
     encoded = [
-        {"input_ids": e.ids, "token_type_ids": e.type_ids, "label": label}
+        {"input_ids": e.ids or [empty], "token_type_ids": e.type_ids or [0], "label": label}
         for e, (_, label) in zip(encodings, examples, strict=True)
     ]
     return encoded, sum(bool(e.overflowing) for e in encodings)

@@ -10,6 +10,7 @@ import time
 import warnings
 
 import allocate
+import distributed
 import lora
 import proxies
 import seeds
@@ -62,7 +63,7 @@ def reallocate(model, plan, args, batches, step, epoch, say):
         shrink(layers, kept)
         plan.record(step, epoch, dict.fromkeys(kept, 1.0), kept)
     elif args.per_rank == "yes":
-        scores = proxies.score_ranks(args.proxy, model, batches)
+        scores = distributed.mean_scores(proxies.score_ranks(args.proxy, model, batches))
         kept = allocate.ranks_within_budget(scores, rank_costs, args.budget_params, plan.generator)
         shrink(layers, kept)
         plan.record(step, epoch, scores, kept)
@@ -85,7 +86,7 @@ def scores_of(model, plan, args, batches, say):
         scores = proxies.score(args.proxy, model, batches)
     for warning in caught:
         say(f"note: {warning.message}")
-    return scores
+    return distributed.mean_scores(scores)
 
 
 def shrink(layers, kept):

@@ -149,7 +149,7 @@ class Block(nn.Module):
         Args:
             x: (b, t, d), the residual stream.
             previous_ffn_input: (b, t, d) from the block before, None in the first.
-            key_mask: (b, 1, 1, t) bool, True where a key may be attended to; None = everywhere.
+            key_mask: (b, 1, 1, t), 0 where a key may be attended to, else -inf; None = everywhere.
             read: (b,) positions whose output somebody reads; None = all. Only these are computed:
                 keys and values come from all t positions, the rest of the layer from one.
 
@@ -309,7 +309,9 @@ class Transformer(nn.Module):
         The last block is computed only where the head reads it; every other block everywhere, since
         all tokens are its successor's keys and values.
         """
-        key_mask = None if mask.all() else mask[:, None, None, :]  # (b, 1, 1, t)
+        key_mask = None
+        if not mask.all():  # once, as numbers: attention would make them anew from bool each time
+            key_mask = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None, :]
         ffn_input = None
         for block in self.layers:
             last = block is self.layers[-1]

@@ -1,15 +1,21 @@
 """The run folder: what a run leaves behind, written so that nothing is ever half there.
 
-    config.json           all flags, versions, git commit
-    metrics.jsonl         one JSON object a line; "event" = train | eval | score | done
-    checkpoint.pt         everything a resumed run needs to end with the same bits
-    adapter.safetensors   lora_A, lora_B of every module and the head, float tensors under our names
+    config.json              all flags, versions, git commit
+    metrics.jsonl            one JSON object a line; "event" = train | eval | score | done
+    checkpoint.pt            everything a resumed run needs to end with the same bits; its last 32
+                             bytes are the SHA-256 of the rest
+    checkpoint.previous.pt   the one before it, for when that one is damaged
+    adapter.safetensors      lora_A, lora_B of every module and the head, under our names
+    lock                     held by the process that writes here
 
 Files are written beside their final name, flushed to the disk, and renamed.
 
 What this file does not do: decide what is stored (train.py), export to other formats (tools/).
 """
 
+import contextlib
+import fcntl
+import hashlib
 import io
 import json
 import os
@@ -25,13 +31,22 @@ import torch
 
 
 def write_atomic(path, content):
-    """bytes -> path: the old file or the whole new one, whatever happens in between."""
+    """bytes -> path: the old file or the whole new one, whatever happens in between.
+
+    Raises:
+        OSError: disk full, folder gone …; the old file is untouched, nothing is left beside it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path, content):
@@ -51,20 +66,32 @@ def versions():
     }
 
 
-def create(folder):
-    """Make a new run folder.
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder's lock; the kernel lets it go when the process ends, however it ends.
 
     Raises:
-        FileExistsError: it holds something already: a run is never overwritten.
+        OSError: another process holds it, or the folder cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"another process is writing to the run folder {folder}: let it finish"
+            raise BlockingIOError(message) from error
+        yield
+
+
+def refuse_filled(folder):
+    """Raises FileExistsError where a folder holds something: a run is never overwritten.
+
+    What a start that was killed leaves behind (a lock, a file that was being written) is nothing.
+    """
+    if any(path.name != "lock" and path.suffix != ".tmp" for path in folder.iterdir()):
         raise FileExistsError(
             f"the run folder {folder} is not empty: give another --out, or go on with --resume "
             f"{folder}"
         )
-    return folder
 
 
 def read_config(folder):
@@ -106,27 +133,58 @@ def truncate_log(folder, lines):
 
 
 def save_checkpoint(folder, state):
-    """A dict of tensors, numbers and containers of them -> checkpoint.pt."""
+    """A dict of tensors, numbers and containers of them -> checkpoint.pt; the old one is kept."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+    content = buffer.getvalue()
+    new, path = folder / "checkpoint.new.pt", folder / "checkpoint.pt"
+    write_atomic(new, content + hashlib.sha256(content).digest())
+    if path.exists():
+        os.replace(path, folder / "checkpoint.previous.pt")
+    os.replace(new, path)
+
+
+def read_checkpoint(path):
+    """The dict in one checkpoint file; code in the file is never executed.
+
+    Raises:
+        ValueError: damaged. FileNotFoundError: not there.
+    """
+    content = path.read_bytes()
+    body, digest = content[:-32], content[-32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError(f"{path} is damaged: its checksum is wrong")
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(folder):
-    """The dict that save_checkpoint stored; code in the file is never executed.
+    """The last checkpoint that is whole.
+
+    Returns:
+        (state, note): state is None where the run stopped before its first checkpoint; note says
+        what was damaged, "" if nothing was.
 
     Raises:
-        FileNotFoundError: none yet. ValueError: not readable.
+        ValueError: there are checkpoints, and none of them is whole.
     """
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no checkpoint.pt: the run stopped before its first one"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    problems = []
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        try:
+            state = read_checkpoint(folder / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            at = state["position"]["step"]
+            note = f"{'; '.join(problems)}; going on from {name}, step {at}" if problems else ""
+            return state, note
+    if problems:
+        raise ValueError("; ".join(problems))
+    return None, ""
 
 
 def save_adapter(folder, tensors, about):

@@ -1,10 +1,13 @@
 """delta_lora.py against its algebra: telescoping, rank, and plain LoRA with a rescaled alpha."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
 
 import lora
+import state
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
@@ -237,17 +240,16 @@ def test_once_per_optimizer_step_with_accumulation(tmp_path):
     )
     results = []
     for groups in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]):
-        state = train.set_up(
-            parse_flags([*text.split(), "--delta-ratio", "2", "--delta-start", "-1"])
-        )
-        state.model.double()
+        flags = [*text.split(), "--delta-ratio", "2", "--delta-start", "-1"]
+        trained = state.set_up(parse_flags(flags))
+        trained.model.double()
         calls = []
-        after = state.delta.after_step
-        state.delta.after_step = lambda after=after, calls=calls: (calls.append(1), after())
+        after = trained.delta.after_step
+        trained.delta.after_step = lambda after=after, calls=calls: (calls.append(1), after())
         for _ in range(3):
-            train.train_step(state, groups, 0.01)
-        assert len(calls) == 3 and state.delta.t == 3
-        results.append(weights(state.model))
+            train.train_step(trained, groups, 0.01)
+        assert len(calls) == 3 and trained.delta.t == 3
+        results.append(weights(trained.model))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-9)
 
@@ -460,8 +462,8 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
 
     out = tmp_path / "run"
     assert train.main([*flags, "--out", str(out)]) == 0
-    trained = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]))
-    fresh = train.set_up(parse_flags(flags))
+    trained = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
+    fresh = state.set_up(parse_flags(flags))
     with safe_open(out / "adapter.safetensors", "pt") as file:
         about = json.loads(file.metadata()["adapters"])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

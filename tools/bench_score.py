@@ -26,6 +26,7 @@ import lora
 import proxies
 import runs
 import seeds
+import state
 import timing
 import train
 
@@ -62,23 +63,23 @@ def reallocation(modules=300):
     costs = {n: 8 * 1024 * (5 if "fc" in n else 2) for n in names}
     budget = sum(costs.values()) // 4
     return {
-        "ranked": lambda: allocate.keep_top(scores, 0.25, generator=rng),
-        "within a budget": lambda: allocate.within_budget(scores, costs, budget, rng),
+        "ranked": [lambda: allocate.keep_top(scores, 0.25, generator=rng)],
+        "within a budget": [lambda: allocate.within_budget(scores, costs, budget, rng)],
     }
 
 
 def score(rounds, out, task, data_dir):
     """Lines of the "score" table; the picture goes to out."""
-    run = train.set_up(flags.parse_flags(flags_of(task, data_dir)))
+    run = state.set_up(flags.parse_flags(flags_of(task, data_dir)))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.adapters(run.model).values():
             layer.lora_B.normal_(0, 0.02, generator=rng)
     batches = train.score_batches(run)
     groups = train.epoch_steps(run, 0)[:8]
-    arms = {"step": lambda: [train.train_step(run, g, 1e-3) for g in groups]}
+    arms = {"step": [lambda: [train.train_step(run, g, 1e-3) for g in groups]]}
     for name in proxies.PROXIES:
-        arms[name] = lambda name=name: proxies.score(name, run.model, batches)
+        arms[name] = [lambda name=name: proxies.score(name, run.model, batches)]
     seconds = timing.interleaved(arms, rounds)
     steps = [s / len(groups) for s in seconds.pop("step")]
     ratios = {name: timing.ratio(s, steps) for name, s in seconds.items()}
@@ -106,7 +107,7 @@ def decisions(argv):
     Returns:
         list of {count: share of S_32, "others": the share that the next 32 batches choose}.
     """
-    run = train.set_up(flags.parse_flags(argv))
+    run = state.set_up(flags.parse_flags(argv))
     args, found = run.args, []
     args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size

@@ -8,6 +8,7 @@ the read position alone, and no gradient for what lies below the first adapter.
 What this file does not do: measure accuracy (tests/peers/train_peft.py, tools/compare.py).
 """
 
+import functools
 import statistics
 import sys
 from pathlib import Path
@@ -70,22 +71,20 @@ def minilm_peer(ours, dropout):
     return peer
 
 
-def training(model, batches):
-    """A function that takes one optimizer step on each batch and returns the losses."""
+def training(model, batches, losses=None):
+    """Functions that take one optimizer step each, on one batch each; losses: a list they fill."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    losses = [] if losses is None else losses
 
-    def steps():
-        losses = []
-        for batch in batches:
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-        return losses
+    def step(batch):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
 
-    return steps
+    return [functools.partial(step, batch) for batch in batches]
 
 
 def minilm_batches(task, data_dir, tokenizer):
@@ -106,30 +105,26 @@ def minilm_batches(task, data_dir, tokenizer):
 
 
 def floor(config, batches):
-    """The matrix products of one pass over the batches, and nothing else."""
+    """For each batch a function that computes the matrix products of a step, and nothing else."""
     d, f, last = config.hidden_size, config.ffn_dim, config.num_layers - 1
     square, up, down = torch.randn(d, d), torch.randn(d, f), torch.randn(f, d)
 
-    def products():
-        for batch in batches:
-            b, n = len(batch["labels"]), int(batch["attention_mask"].sum())
-            wide, narrow = torch.randn(n, d), torch.randn(n, f)
-            for layer in range(config.num_layers):
-                rows = b if layer == last else n  # of q, out, fc1, fc2
-                for _ in range(2):  # k, v
-                    wide @ square
-                for _ in range(2):  # q, out
-                    wide[:rows] @ square
-                wide[:rows] @ up
-                narrow[:rows] @ down
-                for _ in range(2 if layer else 0):  # gradients of the inputs of k, v
-                    wide @ square
-                for _ in range(2 if layer else 1):  # of q, out
-                    wide[:rows] @ square
+    def products(b, wide, narrow):
+        for layer in range(config.num_layers):
+            rows = b if layer == last else len(wide)  # of q, out, fc1, fc2
+            for _ in range(4 if layer else 2):  # k, v; the gradients of their inputs
+                wide @ square
+            for _ in range(4 if layer else 3):  # q, out; the gradients of their inputs
+                wide[:rows] @ square
+            for _ in range(2):  # forward, backward
                 wide[:rows] @ up
                 narrow[:rows] @ down
 
-    return products
+    functions = []
+    for batch in batches:
+        b, n = len(batch["labels"]), int(batch["attention_mask"].sum())
+        functions.append(functools.partial(products, b, torch.randn(n, d), torch.randn(n, f)))
+    return functions
 
 
 def train(rounds, out, task, data_dir):
@@ -141,33 +136,29 @@ def train(rounds, out, task, data_dir):
     ours = adapted(base)
     grouped, mixed = minilm_batches(task, data_dir, tokenizer)
     dropped = adapted(load_pretrained("minilm", dropout=0.1)[0])
+    losses = {PEER: [], OURS: []}
     arms = {
         f"{PEER}, dropout 0.1, random batches": training(minilm_peer(ours, 0.1), mixed),
         f"{PEER}, random batches": training(minilm_peer(ours, 0.0), mixed),
-        f"{PEER}, batches by length": training(minilm_peer(ours, 0.0), grouped),
+        f"{PEER}, batches by length": training(minilm_peer(ours, 0.0), grouped, losses[PEER]),
         f"{OURS}, dropout 0.1, random batches": training(dropped, mixed),
-        f"{OURS}, batches by length": training(ours, grouped),
+        f"{OURS}, batches by length": training(ours, grouped, losses[OURS]),
         "floor: the matrix products alone": floor(ours.config, grouped),
     }
     default, _, equal, _, best, least = arms
-    losses = [[], []]
-    recorded = {
-        equal: lambda run=arms[equal]: losses[0].extend(run()),
-        best: lambda run=arms[best]: losses[1].extend(run()),
-    }
-    seconds = timing.interleaved({**arms, **recorded}, rounds)
+    seconds = timing.interleaved(arms, rounds)
     pairs = BATCH * STEPS
     lines = ["| arm | pairs/s | against PEFT's default loop |", "|---|---|---|"]
     ratios = {name: timing.ratio(seconds[default], seconds[name]) for name in arms}
     for name in arms:
         rate = pairs / statistics.median(seconds[name])
         lines.append(f"| {name} | {rate:.1f} | {timing.show(ratios[name])} |")
-    worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     lines += [
         "",
         f"at equal math and batches: {timing.show(timing.ratio(seconds[equal], seconds[best]))}",
         f"share of the floor: {timing.show(timing.ratio(seconds[least], seconds[best]))}",
-        f"largest difference of a loss at equal math, {len(losses[0])} steps: {worst:.1e}",
+        f"largest difference of a loss at equal math, {len(losses[OURS])} steps: {worst:.1e}",
         f"{pairs} {task} pairs a round, batch {BATCH}, MiniLM, r 8 on q, v; "
         + timing.conditions(rounds, transformers, peft),
     ]
@@ -185,7 +176,7 @@ def minilm_peak(side, task, data_dir):
     ours = adapted(base)
     model = ours if side == OURS else minilm_peer(ours, 0.0)
     steps = training(model, minilm_batches(task, data_dir, tokenizer)[0])
-    return timing.peak_above(steps)
+    return timing.peak_above(lambda: [step() for step in steps])
 
 
 def memory(rounds, out, task, data_dir):
@@ -260,13 +251,8 @@ def random_sides(side, t, b, layers, d, family="bert"):
 
 def random_peak(side, **size):
     """Peak MiB of three steps above the loaded model, for in_fresh_process."""
-    steps = training(*random_sides(side, **size))
-
-    def work():
-        for _ in range(3):
-            steps()
-
-    return timing.peak_above(work)
+    (step,) = training(*random_sides(side, **size))
+    return timing.peak_above(lambda: [step() for _ in range(3)])
 
 
 def point(rounds, **size):

@@ -1,7 +1,7 @@
 """How the benchmarks measure: interleaved rounds, ratios of medians, peaks of fresh processes.
 
-Times: one process, every arm once a round, one after the other, so that a machine whose speed
-drifts is fair to all; round 0 warms up and is not counted. Memory: a fresh process for each arm,
+Times: one process; the arms take turns step by step, so that a machine whose speed drifts is fair
+to all; round 0 warms up and is not counted. Memory: a fresh process for each arm,
 whose peak is reset after loading.
 
 What this file does not do: know what it measures.
@@ -21,7 +21,8 @@ def interleaved(arms, rounds):
     """Seconds of every arm in every counted round.
 
     Args:
-        arms: dict name -> function without arguments.
+        arms: dict name -> list of functions without arguments, the steps of a round; the lists are
+            equally long.
         rounds: int, counted rounds.
 
     Returns:
@@ -29,11 +30,14 @@ def interleaved(arms, rounds):
     """
     seconds = {name: [] for name in arms}
     for i in range(rounds + 1):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            arm()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
+        spent = dict.fromkeys(arms, 0.0)
+        for steps in zip(*arms.values(), strict=True):
+            for name, step in zip(arms, steps, strict=True):
+                start = time.perf_counter()
+                step()
+                spent[name] += time.perf_counter() - start
+        for name in arms if i else ():
+            seconds[name].append(spent[name])
     return seconds
 
 

@@ -2,6 +2,7 @@
 logit."""
 
 import json
+from contextlib import ExitStack
 
 import peft
 import pytest
@@ -35,7 +36,7 @@ def finished_run(tmp_path, family, flags):
     common = f"--task mrpc --data-dir {task} --model {base} --r 3 --epochs 2 --batch-size 5"
     rest = f"--lr 0.05 --max-length 30 --device cpu --targets q_proj,v_proj,fc1 --out {out}"
     assert train.main([*common.split(), *rest.split(), *flags.split()]) == 0
-    return base, out, train.prepare(parse_flags(["--resume", str(out), "--eval-only"]))
+    return base, out, train.prepare(parse_flags(["--resume", str(out), "--eval-only"]), ExitStack())
 
 
 def logits(model, run):

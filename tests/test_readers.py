@@ -1,0 +1,264 @@
+"""Whatever is in a file, its reader gives something valid or one clear line: ValueError or OSError.
+
+Property-based (hypothesis): good files with bytes changed, cut or inserted, and JSON with fields of
+every kind.
+"""
+
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import data
+import peft_in
+import runs
+import tiny
+from model import Config, load_pretrained
+
+FAST = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["set", "cut", "insert"]), st.integers(0, 1 << 20), st.binary()),
+    min_size=1,
+    max_size=4,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 100) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+def changed(content, changes):
+    """Good bytes with a few of them overwritten, cut off from somewhere, or more put in."""
+    for kind, where, new in changes:
+        where %= len(content) + 1
+        if kind == "cut":
+            content = content[:where]
+        else:
+            skip = len(new) if kind == "set" else 0
+            content = content[:where] + new + content[where + skip :]
+    return content
+
+
+def read(reader, *args):
+    """(what the reader gave, None) or (None, its complaint, which is one line)."""
+    try:
+        return reader(*args), None
+    except (ValueError, OSError) as error:
+        assert str(error) and "\n" not in str(error).strip()
+        return None, str(error)
+
+
+GOOD_TSV = (
+    "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    '1\t7\t8\tthe "cat\tdog\r\n0\t9\t10\tété\tbird\r\n'
+)
+
+
+@FAST
+@given(changes=CHANGES)
+def test_tsv(tmp_path, changes):
+    path = tmp_path / "train.tsv"
+    path.write_bytes(changed(GOOD_TSV.encode(), changes))
+    examples, complaint = read(data.read_tsv, path, data.TASKS["mrpc"])
+    if complaint:
+        assert str(path) in complaint
+    else:
+        assert examples
+        for texts, label in examples:
+            assert label in (0, 1) and len(texts) == 2 and not any("\t" in t for t in texts)
+
+
+@FAST
+@given(text=st.text(max_size=12))
+def test_labels_of_regression(text):
+    value, complaint = read(data.read_label, text, data.TASKS["stsb"], "dev.tsv:7")
+    assert complaint.startswith("dev.tsv:7: label") if complaint else math.isfinite(value)
+
+
+OTHER_FIELDS = (
+    "hidden_act",
+    "activation_function",
+    "n_embd",
+    "n_head",
+    "n_layer",
+    "n_positions",
+    "n_inner",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "do_layer_norm_before",
+    "quantization_config",
+    "layer_norm_epsilon",
+)
+
+
+@FAST
+@given(
+    family=st.sampled_from(["bert", "roberta", "opt", "gpt2", None, 3]),
+    fields=st.dictionaries(
+        st.sampled_from([*tiny.BERT_CONFIG, *OTHER_FIELDS]),
+        JSON,
+        max_size=3,
+    ),
+)
+def test_config(family, fields):
+    """A Config whose numbers are usable, or a complaint."""
+    hf = {**tiny.BERT_CONFIG, "model_type": family, "n_positions": 40, "n_embd": 12, "n_layer": 2}
+    hf |= {"n_head": 3, "ffn_dim": 20, **fields}
+    config, complaint = read(Config.from_hf, hf)
+    if not complaint:
+        assert config.hidden_size % config.num_heads == 0 and config.max_positions > 0
+        assert 0 <= config.pad_token_id < config.vocab_size
+        assert isinstance(config.layer_norm_eps, float) and 0 < config.layer_norm_eps < 1
+        assert config.activation in ("relu", "gelu", "gelu_new")
+        assert all(isinstance(v, bool) for v in (config.pre_ln, config.final_norm))
+
+
+@FAST
+@given(changes=CHANGES)
+def test_safetensors(tmp_path, changes):
+    """What loads is a whole set of finite tensors of the right shapes; never a traceback."""
+    folder = tiny.bert_folder(tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(changed(path.read_bytes(), changes))
+    loaded, _ = read(load_pretrained, str(folder))
+    if loaded:
+        model, _ = loaded
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+def header(tensors, offsets, dtype="F32"):
+    """A safetensors file with a header of one's own."""
+    fields = {
+        n: {"dtype": dtype, "shape": list(t.shape), "data_offsets": list(offsets[n])}
+        for n, t in tensors.items()
+    }
+    text = json.dumps(fields).encode()
+    body = b"".join(t.numpy().tobytes() for t in tensors.values())
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def test_overlapping_offsets_wrong_dtype_and_nan(tmp_path):
+    path, two = tmp_path / "x.safetensors", {"a": torch.ones(4), "b": torch.zeros(4)}
+    good = {"a": (0, 16), "b": (16, 32)}
+    path.write_bytes(header(two, good))
+    assert read(checkpoint.read_file, path)[0]["b"].sum() == 0
+    for offsets in ({"a": (0, 16), "b": (8, 24)}, {"a": (0, 16), "b": (0, 16)}):
+        path.write_bytes(header(two, offsets))
+        assert "is not a readable safetensors file" in read(checkpoint.read_file, path)[1]
+    path.write_bytes(header(two, good, "F64"))
+    assert "is not a readable safetensors file" in read(checkpoint.read_file, path)[1]
+    for value, message in ((torch.ones(90, 12).long(), "torch.int64"), (math.nan, "finite")):
+        tensors = tiny.bert_tensors()
+        name = "bert.embeddings.word_embeddings.weight"
+        tensors[name] = value if torch.is_tensor(value) else torch.full((90, 12), value)
+        folder = tiny.bert_folder(tmp_path / "model", tensors)
+        complaint = read(load_pretrained, str(folder))[1]
+        assert name.removeprefix("bert.") in complaint and message in complaint
+
+
+@FAST
+@given(changes=CHANGES)
+def test_vocab_txt(tmp_path, changes):
+    folder = tiny.bert_folder(tmp_path / "model")
+    path = folder / "vocab.txt"
+    path.write_bytes(changed(path.read_bytes(), changes))
+    tokenizer, _ = read(checkpoint.load_tokenizer, folder, "bert", 90)
+    if tokenizer:
+        ids = tokenizer.encode("some words", "and more").ids
+        assert len(ids) >= 3 and all(0 <= i < 90 for i in ids)
+
+
+@FAST
+@given(changes=CHANGES)
+def test_tokenizer_json(tmp_path, changes):
+    folder = tiny.bert_folder(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    path.unlink(missing_ok=True)  # of the example before
+    good = checkpoint.load_tokenizer(folder, "bert", 90).to_str()
+    path.write_bytes(changed(good.encode(), changes))
+    tokenizer, _ = read(checkpoint.load_tokenizer, folder, "bert", 90)
+    if tokenizer:
+        assert all(0 <= i < 90 for i in tokenizer.encode("some words", "and more").ids)
+
+
+@FAST
+@given(changes=CHANGES)
+def test_checkpoints_are_whole_or_refused(tmp_path, changes):
+    state = {"position": {"step": 3}, "parameters": {"a": torch.arange(9.0)}}
+    runs.save_checkpoint(tmp_path, state)
+    path = tmp_path / "checkpoint.pt"
+    good = path.read_bytes()
+    bad = changed(good, changes)
+    path.write_bytes(bad)
+    loaded, complaint = read(runs.read_checkpoint, path)
+    assert (complaint is None) == (bad == good)
+    if loaded:
+        assert torch.equal(loaded["parameters"]["a"], torch.arange(9.0))
+
+
+@FAST
+@given(changes=CHANGES)
+def test_config_of_a_run(tmp_path, changes):
+    good = json.dumps({"flags": {"task": "mrpc", "r": 8}}).encode()
+    (tmp_path / "config.json").write_bytes(changed(good, changes))
+    flags, _ = read(runs.read_config, tmp_path)
+    assert flags is None or isinstance(flags, dict)
+
+
+PEFT_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "bias",
+    "modules_to_save",
+    "use_rslora",
+    "layers_to_transform",
+    "init_lora_weights",
+)
+
+
+@FAST
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(PEFT_FIELDS),
+        JSON,
+        max_size=3,
+    )
+)
+def test_adapter_config(tmp_path, fields):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"], **fields}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    tensors = {f"{query}.lora_A.weight": torch.ones(2, 12)}
+    tensors[f"{query}.lora_B.weight"] = torch.ones(12, 2)
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    loaded, _ = read(peft_in.read, tmp_path, MODEL)
+    if loaded:
+        for pair in loaded[0].values():
+            assert pair.r == 2 and math.isfinite(pair.scaling) and pair.scaling > 0
+
+
+MODEL = tiny.model("bert", dtype=torch.float32, num_layers=1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocab.txt"])
+def test_folders_in_place_of_files(tmp_path, name):
+    folder = tiny.bert_folder(tmp_path / "model")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert read(load_pretrained, str(folder))[1]
