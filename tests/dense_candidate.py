@@ -1,5 +1,5 @@
 """A candidate for the oracle that shares nothing with lora.py, proxies.py, allocate.py or
-delta_lora.py: closed forms, finite differences, brute force, AdamW written out.
+delta_lora.py: closed forms, dense matrices, brute force, AdamW written out.
 
 The forward pass is tests/dense.py (matrices, one example at a time); only the weights are sorted
 into a model.Transformer by tools/oracle_ours.py, as a container.
@@ -57,41 +57,24 @@ def logits(config, weights, adapters, batch):
         return dense.logits(model.double(), batch)
 
 
-def loss(model, batches):
-    """Mean cross-entropy over all examples."""
-    terms = []
+def gradients(config, weights, adapters, batches):
+    """{full path: (A, dL/dA, B, dL/dB)} of the mean over all examples, through tests/dense.py."""
+    model, paths = oracle_ours.build(config, weights, adapters)
+    layers, terms = lora.adapters(model.double()), []
     for batch in batches:
         p = dense.logits(model, batch).log_softmax(-1)
         terms += [-p[i, label] for i, label in enumerate(batch["labels"])]
-    return sum(terms).item() / len(terms)
-
-
-@torch.no_grad()
-def differences(config, weights, adapters, batches):
-    """{full path: (A, dL/dA, B, dL/dB)} by central differences, in float64."""
-    model, paths = oracle_ours.build(config, weights, adapters)
-    model, found = model.double(), {}
-    for name, layer in lora.adapters(model).items():
-        pair = []
-        for p in (layer.lora_A, layer.lora_B):
-            gradient, flat = torch.zeros_like(p), p.view(-1)
-            for i in range(p.numel()):
-                old, h = flat[i].item(), 1e-5
-                flat[i] = old + h
-                up = loss(model, batches)
-                flat[i] = old - h
-                gradient.view(-1)[i] = (up - loss(model, batches)) / (2 * h)
-                flat[i] = old
-            pair += [p.detach().clone(), gradient]
-        found[paths[name]] = pair
-    return found
+    flat = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    found = torch.autograd.grad(sum(terms) / len(terms), flat)
+    a, b = [p.detach() for p in flat[::2]], [p.detach() for p in flat[1::2]]
+    return dict(zip(paths.values(), zip(a, found[::2], b, found[1::2], strict=True), strict=True))
 
 
 def scores(proxy, config, weights, adapters, batches):
     if proxy not in ("grad_norm", "snip"):
         raise NotImplementedError
     result = {}
-    for path, (a, ga, b, gb) in differences(config, weights, adapters, batches).items():
+    for path, (a, ga, b, gb) in gradients(config, weights, adapters, batches).items():
         if proxy == "grad_norm":
             result[path] = math.sqrt((ga**2).sum()) + math.sqrt((gb**2).sum())
         else:

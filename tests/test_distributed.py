@@ -1,6 +1,7 @@
 """Two processes with half of each batch are one with all of it; and a run under torchrun."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 import distributed
+import flags
+import lora
 import runs
+import state
 import tiny
 import train
 
-HERE = Path(__file__).parent
 METHODS = {
     "lora": "--preset lora --accumulate 2 --clip 0.5",
     "heterolora": "--every 0.4 --score-batches 2",
@@ -21,51 +24,114 @@ METHODS = {
 }
 
 
-def launch(processes, script, *argv):
-    """torchrun on this machine; one process: plain Python."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture
-def flags(tmp_path):
+def argv(tmp_path):
+    """24 examples in batches of 5: shares of 3 and 2, and a last batch of 4."""
     model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
     text = f"--task mrpc --data-dir {task} --model {model} --r 2 --batch-size 5 --lr 0.01"
     return [*text.split(), "--device", "cpu"]
 
 
+def two_epochs(argv):
+    """A run in float64: what came of it."""
+    run, losses = state.set_up(flags.parse_flags(argv)), []
+    run.model.double()
+    for epoch in range(2):
+        groups = train.epoch_steps(run, epoch)
+        for i, group in enumerate(groups):
+            if run.plan and run.plan.due(run.step, i, len(groups)):
+                train.allocate_now(run, lambda text: None)
+            losses.append(train.train_step(run, group, 0.01))
+            run.step += 1
+    return {
+        "losses": losses,
+        "metrics": train.evaluate(run.model, run.task, run.dev),
+        "parameters": {n: p.detach() for n, p in lora.trainable(run.model).items()},
+        "weights": {n: p.detach() for n, p in run.model.named_parameters() if "base" in n},
+        "history": run.plan.history if run.plan else [],
+    }
+
+
+def in_processes(function, count, folder):
+    """[function() in process 0, 1, …], forked, joined as torchrun would join them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 70
+            try:
+                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                where |= {"RANK": rank, "WORLD_SIZE": count}
+                os.environ.update({k: str(v) for k, v in where.items()})
+                distributed.start()
+                torch.save(function(), folder / f"result.{rank}")
+                distributed.stop()
+                code = 0
+            finally:
+                os._exit(code)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * count
+    return [torch.load(folder / f"result.{rank}") for rank in range(count)]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(flags, tmp_path, method):
-    """float64; 24 examples in batches of 5: shares of 3 and 2, and a last batch of 4."""
-    argv, results = [*flags, *METHODS[method].split()], {}
-    for n in (1, 2):
-        done = launch(n, HERE / "two_processes.py", tmp_path / str(n), *argv)
-        assert done.returncode == 0, done.stderr
-        results[n] = [torch.load(tmp_path / f"{n}.{rank}") for rank in range(n)]
-    (one,), (first, second) = results[1], results[2]
-    for key in ("losses", "parameters", "weights", "metrics", "history"):
+def test_two_processes_equal_one(argv, tmp_path, method):
+    """Losses, metrics, A, B, W and scores to 1e-10; the two between themselves to the bit."""
+    argv += METHODS[method].split()
+    one = two_epochs(argv)
+    first, second = in_processes(lambda: two_epochs(argv), 2, tmp_path)
+    for key in one:
         torch.testing.assert_close(first[key], one[key], rtol=0, atol=1e-10)
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)  # the same bits
-    if method == "heterolora":
-        decisions = [{n for n, on in h["on"].items() if on} for h in one["history"]]
-        assert decisions == [{n for n, on in h["on"].items() if on} for h in first["history"]]
-        assert len(decisions) == 6
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+    decisions = [[n for n, on in h["on"].items() if on] for h in one["history"]]
+    assert decisions == [[n for n, on in h["on"].items() if on] for h in first["history"]]
+    assert len(decisions) == (6 if method == "heterolora" else 0)
+    assert len(set(one["losses"])) == len(one["losses"])
 
 
-def test_a_run_under_torchrun(flags, tmp_path):
-    """One run folder, one voice; stopped by SIGTERM in one process it resumes with two alone."""
+def test_processes_that_would_disagree_agree(tmp_path):
+    """Scores that differ by rounding between machines: all decide by the mean."""
+
+    def decide():
+        tilt = 1e-9 * (-1) ** distributed.rank()
+        return distributed.mean_scores({"a": 1.0 + tilt, "b": 1.0 - tilt, "c": 0.5})
+
+    first, second = in_processes(decide, 2, tmp_path)
+    assert first == second == {"a": 1.0, "b": 1.0, "c": 0.5}
+
+
+def test_a_run_under_torchrun(argv, tmp_path):
+    """One run folder, one voice; dropout's generators of both processes are in the checkpoint."""
     out = tmp_path / "run"
-    script = Path(train.__file__)
-    done = launch(2, script, *flags, "--epochs", "2", "--out", out)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"]
+    command = [*torchrun, train.__file__, *argv, "--epochs", "2", "--dropout", "0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("method ") == 1
     stored, note = runs.load_checkpoint(out)
-    assert stored["position"]["step"] == 10 and len(stored["generators"]) == 2 and not note
+    assert stored["position"]["step"] == 10 and note == ""
+    generators = [g["cpu"] for g in stored["generators"]]
+    assert len(generators) == 2 and not torch.equal(*generators)  # other masks in each process
     assert [e["event"] for e in runs.read_log(out)].count("eval") == 2
-    assert train.main(["--resume", str(out)]) == 2  # one process
+    assert set(p.name for p in Path(out).iterdir()) == {
+        *("config.json", "metrics.jsonl", "allocation.json", "adapter.safetensors", "lock"),
+        *("checkpoint.pt", "checkpoint.previous.pt"),
+    }
+
+
+def test_another_number_of_processes_is_refused(argv, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*argv, "--epochs", "1", "--out", str(out)]) == 0
+    stored, _ = runs.load_checkpoint(out)
+    runs.save_checkpoint(out, {**stored, "generators": stored["generators"] * 2})
+    assert train.main(["--resume", str(out)]) == 2
+    assert "has 2 processes, this is 1: resume with as many" in capsys.readouterr().err
 
 
 def test_one_process_exchanges_nothing():

@@ -124,11 +124,13 @@ def test_what_does_not_change_the_bits(tmp_path, method):
     }
     for name, more in variants.items():
         assert train.main(flags_of(model, task, tmp_path / name, *base, *more)) == 0
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", *flags_of(model, task, tmp_path / "hash", *base)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    if method == "heterolora":  # the one that goes through sets of names
+        environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", *flags_of(model, task, tmp_path / "hash", *base)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        variants["hash"] = []
     expected = outcome(tmp_path / "plain")
-    for name in (*variants, "hash"):
+    for name in variants:
         got = outcome(tmp_path / name)
         for key in ("parameters", "optimizer", "metrics", "on", "plan", "delta", "generators"):
             assert same(got["checkpoint"][key], expected["checkpoint"][key]), (name, key)

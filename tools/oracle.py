@@ -34,6 +34,7 @@ import checkpoint
 import runs
 
 ALLOCATIONS = ("keep_top", "within_budget")
+FIELDS = ("name", "function", "what", "dtypes", "tolerance", "arguments", "expected")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -72,7 +73,7 @@ def expectation(case):
     except ValueError:
         return {"error": "ValueError"}
     if case.function == "within_budget":
-        return {"sum of scores": sum(arguments["scores"][n] for n in found)}
+        return {"sum of scores": math.fsum(arguments["scores"][n] for n in found)}
     if case.function == "keep_top":
         scores = arguments["scores"]
         cut = min(scores[n] for n in found)
@@ -117,7 +118,8 @@ def read(folder):
     folder, cases = Path(folder), []
     for path in sorted(folder.glob("*.json")):
         content = checkpoint.read_json(path)
-        if content.get("function") not in vars(oracle_causes):
+        absent = [field for field in FIELDS if field not in content]
+        if absent or content["function"] not in vars(oracle_causes):
             raise ValueError(f"{path} is not a case of the oracle")
         stored = path.with_suffix(".safetensors")
         needs = '"tensor"' in path.read_text()
@@ -191,11 +193,10 @@ def allocation_error(function, arguments, got, expected):
     return (math.inf, f"{sorted(wrong)[0]} is wrong") if wrong else (0.0, "")
 
 
-def likely_cause(content, arguments, got, tolerance):
-    """The known mistake that gives this output, or ""."""
-    mistakes = getattr(oracle_causes, content["function"])
-    for cause, wrong in mistakes(**copy.deepcopy(arguments)):
-        if content["function"] in ALLOCATIONS:
+def likely_cause(function, mistakes, got, tolerance):
+    """The first of the mistakes, (cause, wrong result), that gives this output, or ""."""
+    for cause, wrong in mistakes:
+        if function in ALLOCATIONS:
             if set(got) == wrong:
                 return cause
         elif error_of(got, wrong)[0] <= tolerance:
@@ -226,7 +227,8 @@ def judge(candidate, content, tensors, dtype):
         return math.inf, tolerance, "FAIL", f"{type(raised).__name__}: {raised}".split("\n")[0]
     if error <= tolerance:
         return error, tolerance, "pass", ""
-    cause = likely_cause(content, arguments, got, tolerance)
+    mistakes = getattr(oracle_causes, content["function"])(**copy.deepcopy(arguments))
+    cause = likely_cause(content["function"], mistakes, got, tolerance)
     reason = f"likely: {cause}" if cause else reason or "no known cause"
     return error, tolerance, "FAIL", reason
 

@@ -299,7 +299,7 @@ def allocation_cases():
     scores = {n: v / 8 for n, v in zip(names, values, strict=True)}
     tied = {n: float(v % 3) for n, v in zip(names, values, strict=True)}
     rule = "the best floor(p n_l) + round(p n_s) of n_l modules and n_s shortcuts"
-    for keep in (0.1, 0.25, 0.5, 0.75, 1.0):
+    for keep in (0.1, 0.25, 0.3, 0.5, 1.0):
         for together in (True, False):
             cases.append(
                 Case(

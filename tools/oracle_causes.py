@@ -180,17 +180,13 @@ def keep_top(scores, keep, together):
     n_s = sum(allocate.is_shortcut(n) for n in scores)
     n_l = len(scores) - n_s
     right = math.floor(keep * n_l) + round(keep * n_s)
+    if not right:
+        return
+    kind = "ranked apart" if together else "ranked together"
+    yield kind, allocate.keep_top(scores, keep, not together)
     yield "the worst are kept", set(ranked[::-1][:right])
     yield "round for both counts", set(ranked[: round(keep * n_l) + round(keep * n_s)])
     yield "floor for both counts", set(ranked[: math.floor(keep * n_l) + math.floor(keep * n_s)])
-    yield "one count for all: floor(p n)", set(ranked[: math.floor(keep * len(scores))])
-    yield "one count for all: round(p n)", set(ranked[: round(keep * len(scores))])
-    yield "one count for all: ceil(p n)", set(ranked[: math.ceil(keep * len(scores))])
-    if right:
-        yield (
-            "ranked apart" if together else "ranked together",
-            allocate.keep_top(scores, keep, not together),
-        )
 
 
 def within_budget(scores, costs, budget):
