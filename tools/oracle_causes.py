@@ -115,7 +115,7 @@ def combined(proxy, layer, a, b):
 
 
 def scores(proxy, config, weights, adapters, batches):
-    for cause, wrong in rescaled(adapters):
+    for cause, wrong in rescaled(adapters) if not proxy.startswith("alpha") else ():
         yield cause, ours.scores(proxy, config, weights, wrong, batches)
     model, paths = ours.build(config, weights, adapters)
     if proxy in ("grad_norm", "snip"):

@@ -36,6 +36,9 @@ def import_(folder, out, model_name, task=None, data_dir=None, num_labels=2):
     Raises:
         ValueError, OSError: see peft_in.read; OUT is not empty; see data.load_task.
     """
+    out = Path(out)
+    if out.is_dir():
+        runs.refuse_filled(out)
     labels = data.TASKS[task].num_labels if task else num_labels
     model, tokenizer = load_pretrained(model_name, num_labels=labels)
     pairs, head = peft_in.read(folder, model)
@@ -46,7 +49,7 @@ def import_(folder, out, model_name, task=None, data_dir=None, num_labels=2):
         _, dev = data.load_task(task, data_dir)
         examples, _ = data.encode(dev, tokenizer, min(128, model.config.max_positions))
         found += "\n" + report.show(train.evaluate(model, data.TASKS[task], examples))
-    out = runs.create(out)
+    out.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
     tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
     about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}
