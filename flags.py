@@ -210,8 +210,27 @@ def parse_flags(argv):
             raise ValueError(
                 f"--{name.replace('_', '-')} cannot be changed by --resume: a run keeps its flags"
             )
-    stored = runs.read_config(given["resume"])
-    return types.SimpleNamespace(**{**defaults, **stored, **given})
+    return types.SimpleNamespace(**{**stored_flags(given["resume"]), **given})
+
+
+def stored_flags(folder):
+    """The flags of a run, each as the command line would take it; ValueError names the one that
+    is wrong."""
+    stored, args = runs.read_config(folder), {}
+    for name, (kind, default, _) in FLAGS.items():
+        key = name.replace("-", "_")
+        value = args[key] = stored.get(key, default)
+        if value is None and default is None:
+            continue
+        text = (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+        try:
+            fits = kind(text) == value
+        except argparse.ArgumentTypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{folder}/config.json: {key} is {value!r}, no value of --{name}")
+    refuse_conflicts({}, args)
+    return args
 
 
 def refuse_conflicts(given, args):

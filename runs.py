@@ -100,9 +100,12 @@ def read_config(folder):
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
     try:
-        return json.loads(path.read_text())["flags"]
+        flags = json.loads(path.read_text())["flags"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the config.json of a run: {error}") from error
+    if not isinstance(flags, dict):
+        raise ValueError(f"{path} is not the config.json of a run: its flags are {flags!r}")
+    return flags
 
 
 # ------------------------------------------------------------------------------------------ metrics

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import checkpoint
 import data
+import lora
 import peft_in
 import runs
 import tiny
+from flags import FLAGS, parse_flags
 from model import Config, load_pretrained
 
 FAST = settings(
@@ -208,12 +210,20 @@ def test_checkpoints_are_whole_or_refused(tmp_path, changes):
 
 
 @FAST
-@given(changes=CHANGES)
-def test_config_of_a_run(tmp_path, changes):
-    good = json.dumps({"flags": {"task": "mrpc", "r": 8}}).encode()
-    (tmp_path / "config.json").write_bytes(changed(good, changes))
-    flags, _ = read(runs.read_config, tmp_path)
-    assert flags is None or isinstance(flags, dict)
+@given(
+    changes=CHANGES | st.just([]),
+    fields=st.dictionaries(st.sampled_from([n.replace("-", "_") for n in FLAGS]), JSON, max_size=2),
+)
+def test_flags_of_a_run(tmp_path, changes, fields):
+    """What comes back could have been given on the command line."""
+    good = {"task": "mrpc", "r": 8, "targets": ["fc1"], **fields}
+    text = json.dumps({"flags": good}).encode()
+    (tmp_path / "config.json").write_bytes(changed(text, changes))
+    args, _ = read(parse_flags, ["--resume", str(tmp_path)])
+    if args:
+        assert args.task in data.TASKS and args.r >= 1 and 0 <= args.lora_dropout < 1
+        assert set(args.targets) <= set(lora.LINEARS)
+        assert not changes or isinstance(args.seed, int)
 
 
 PEFT_FIELDS = (
