@@ -1,20 +1,27 @@
 """Wrong variants of the formulas, each of which some test must notice: python tests/mutants.py [WORD …]
 
-Each mutant is one edit of a source file. It is applied to a copy of the project, the test files that concern it are run,
-and it is killed if one fails. With words, only mutants whose description holds one of them. Exit code 1 if one
-survives, or if an edit no longer fits its file.
+Each mutant is one edit of a source file. It is applied to a copy of the project, the tests that concern it are run, and it
+is killed if one fails. With words, only mutants whose description or file holds one of them. Exit code 1 if one
+survives, if an edit no longer fits its file, or if its tests could not be run.
+
+Torch is loaded once; every mutant is tested in a process that is forked from here.
 """
 
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads does not survive a fork
+
+import hypothesis  # noqa: F401  what the tests would load, each for itself
+import matplotlib.pyplot  # noqa: F401
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
@@ -22,6 +29,7 @@ PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft_io.py", "test_oracle.py"
+SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
 MUTANTS = [  # (file, old, new, what is wrong, tests)
@@ -140,59 +148,74 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
 # fmt: on
 
 
-def judge(root, mutant):
-    """Apply one edit to the copy at root, run its tests, undo: what became of it, in words."""
+def start(root, mutant, report):
+    """Apply one edit to the copy at root and fork a process that runs its tests; its pid, or
+    None."""
     file, old, new, _, tests = mutant
     path = root / file
     source = path.read_text()
     if source.count(old) != 1:
-        return "does not apply"
+        return None
     path.write_text(source.replace(old, new, 1))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    pid = os.fork()
+    if pid:
+        return pid
     try:
-        done = subprocess.run(
-            [*command, f"tests/{tests}"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-        )
-    except subprocess.TimeoutExpired:
-        return "killed (the tests do not end)"
+        signal.alarm(SECONDS)
+        os.chdir(root)
+        sys.path.remove(str(ROOT / "tests"))
+        sys.dont_write_bytecode = True
+        os.dup2(report.fileno(), 1)
+        os.dup2(report.fileno(), 2)
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"])
     finally:
-        path.write_text(source)
-    if done.returncode == 0:
+        sys.stdout.flush()
+        os._exit(int(code))
+
+
+def verdict(status, report):
+    """What became of a mutant, in words."""
+    code = os.waitstatus_to_exitcode(status)
+    report.seek(0)
+    if code == 0:
         return "SURVIVED"
-    if done.returncode != 1:  # 1: a test failed; else nothing was tested
-        return f"NOT TESTED (pytest: exit code {done.returncode})"
-    by = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py)(?:::(\w+))?", done.stdout, re.M)
-    return f"killed by {by[1]}::{by[2]}" if by else "killed"
+    if code == -signal.SIGALRM:
+        return f"killed: no end within {SECONDS} s"
+    by = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\w+)", report.read(), re.M)
+    if code != 1 or not by:  # 1: a test failed; else nothing was tested
+        return f"NOT TESTED: pytest ended with {code}"
+    return f"killed by {by[1]}"
 
 
 def main(words):
-    chosen = [m for m in MUTANTS if not words or any(w in m[3] or w in m[0] for w in words)]
-    killed, started = 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        copies = Queue()
-        for i in range(os.cpu_count()):
-            ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
-            copies.put(shutil.copytree(ROOT, Path(folder) / f"copy{i}", ignore=ignored))
-
-        def in_a_copy(mutant):
-            root = copies.get()
-            try:
-                return judge(root, mutant)
-            finally:
-                copies.put(root)
-
-        for mutant, verdict in zip(chosen, pool.map(in_a_copy, chosen), strict=True):
-            killed += verdict.startswith("killed")
-            print(f"{mutant[0]:<18}{mutant[3]:<52}{verdict}", flush=True)
-    seconds = time.monotonic() - started
-    print(f"{killed} of {len(chosen)} killed in {seconds:.0f} s")
-    return 1 if killed < len(chosen) or not chosen else 0
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # loads the rest of torch
+    waiting = [m for m in MUTANTS if not words or any(w in m[3] or w in m[0] for w in words)]
+    total, killed, started, running = len(waiting), 0, time.monotonic(), {}
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder) / f"copy{i}" for i in range(os.cpu_count())]
+        for copy in copies:
+            shutil.copytree(ROOT, copy, ignore=ignored)
+        while waiting or running:
+            while waiting and copies:
+                mutant, root, report = waiting.pop(0), copies.pop(), tempfile.TemporaryFile("w+")
+                pid = start(root, mutant, report)
+                if pid:
+                    running[pid] = mutant, root, report
+                else:
+                    print(f"{mutant[0]:<19}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+                    copies.append(root)
+            if running:
+                pid, status = os.wait()
+                mutant, root, report = running.pop(pid)
+                shutil.copy(ROOT / mutant[0], root / mutant[0])
+                copies.append(root)
+                with report:
+                    said = verdict(status, report)
+                killed += said.startswith("killed")
+                print(f"{mutant[0]:<19}{mutant[3]:<52}{said}", flush=True)
+    print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
+    return 1 if killed < total or not total else 0
 
 
 if __name__ == "__main__":
