@@ -206,7 +206,8 @@ def load_from_hub(name):
             )
         import datasets
 
-        splits = datasets.load_dataset("nyu-mll/glue", name)
+        with download.fetching(f"task {name}"):
+            splits = datasets.load_dataset("nyu-mll/glue", name)
         rows = [
             [[[row[c] for c in task.hub_columns], row["label"]] for row in splits[split]]
             for split in ("train", task.hub_dev)

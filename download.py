@@ -12,6 +12,7 @@ rename, whole or not at all.
 What this file does not do: read what it fetched (checkpoint.py, data.py).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -121,12 +122,21 @@ def model_folder(name):
     return cached
 
 
+@contextlib.contextmanager
+def fetching(what):
+    """Whatever goes wrong with the hub on the way is a ConnectionError of one line."""
+    try:
+        yield
+    except Exception as error:  # httpx, huggingface_hub and datasets have kinds of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"the hub would not give {what}: {reason}") from error
+
+
 def fetch_from_hub(repo, target):
     """Download config, tokenizer and one format of weights (safetensors if there are any)."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with fetching(f"model {repo!r}"):
         files = huggingface_hub.list_repo_files(repo)
         safe = any(f.endswith(".safetensors") and "/" not in f for f in files)
         weights = "model*.safetensors*" if safe else "pytorch_model*.bin*"
@@ -136,9 +146,6 @@ def fetch_from_hub(repo, target):
             )
             shutil.rmtree(f"{folder}/model/.cache", ignore_errors=True)
             os.replace(f"{folder}/model", target)
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"the hub would not give model {repo!r}: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------- MiniLM
@@ -184,10 +191,11 @@ def minilm_folder():
 def minilm_from_hub(folder):
     import huggingface_hub
 
-    for name in MINILM_SHA256:
-        huggingface_hub.hf_hub_download(
-            MINILM_REPO, name, revision=MINILM_REVISION, local_dir=folder
-        )
+    with fetching("minilm"):
+        for name in MINILM_SHA256:
+            huggingface_hub.hf_hub_download(
+                MINILM_REPO, name, revision=MINILM_REVISION, local_dir=folder
+            )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return f"the hub ({MINILM_REPO})"
 

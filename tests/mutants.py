@@ -198,7 +198,8 @@ def main(words):
             shutil.copytree(ROOT, copy, ignore=ignored)
         while waiting or running:
             while waiting and copies:
-                mutant, root, report = waiting.pop(0), copies.pop(), tempfile.TemporaryFile("w+")
+                mutant, root = waiting.pop(0), copies.pop()
+                report = open(root / "report.txt", "w+")  # noqa: SIM115  closed when it is read
                 pid = start(root, mutant, report)
                 if pid:
                     running[pid] = mutant, root, report

