@@ -11,8 +11,9 @@ import state
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
+from faults import same
 from flags import parse_flags
-from test_train import same, whole_and_interrupted
+from test_train import whole_and_interrupted
 
 TARGETS = ("q_proj", "fc1")
 

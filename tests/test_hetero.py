@@ -13,8 +13,9 @@ import lora
 import runs
 import tiny
 import train
+from faults import same
 from flags import PRESETS, parse_flags
-from test_train import same, whole_and_interrupted
+from test_train import whole_and_interrupted
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import runs
 import state
 import tiny
 import train
+from faults import same
 from flags import parse_flags as flags_of
 
 
@@ -29,18 +30,6 @@ def flags(tmp_path):
 
 def weights(folder):
     return runs.load_checkpoint(folder)[0]
-
-
-def same(a, b):
-    """Equal to the last bit, through nested containers; times aside."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        timeless = [k for k in a if not str(k).endswith("seconds")]
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in timeless)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def events(folder):

@@ -32,7 +32,7 @@ def main(argv=None):
     parser.add_argument("--task", default="mrpc", help="of train.py (default: mrpc)")
     parser.add_argument("--data-dir", help="of train.py")
     parser.add_argument("--seeds", default="0,1,2", help="of agreement (default: 0,1,2)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where the picture goes")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for the picture")
     args = parser.parse_args(argv)
     try:
         if args.rounds < 3:
@@ -58,7 +58,7 @@ def main(argv=None):
             file=sys.stderr,
         )
         return 2
-    print("\n".join(lines))
+    print("\n".join([*lines, str(args.out / f"bench-{args.what}.png")]))
     return 0
 
 
