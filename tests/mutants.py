@@ -136,6 +136,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("distributed.py", "return items[rank() :: world()]", "return items", "every process takes the whole batch", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("distributed.py", "    dist.all_reduce(flat)\n    *parts", "    *parts", "gradients are not summed", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("distributed.py", "(flat / world()).tolist()", "flat.tolist()", "scores are summed over processes", f"{DISTRIBUTED}::test_two_processes_equal_one"),
+    ("hetero.py", "return distributed.mean_scores(scores)", "return scores", "every process decides by its own scores", f"{DISTRIBUTED}::test_processes_that_would_disagree_agree"),
     ("state.py", "+ 1_000_003 * distributed.rank())", ")", "the same dropout masks in every process", f"{DISTRIBUTED}::test_each_process_draws_its_own_dropout"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
     ("tools/peft_out.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
