@@ -10,8 +10,7 @@ has no header; RTE, QNLI and MNLI have words for labels.
     example    | dict: input_ids, token_type_ids (lists of t ints), label (int or float)
     batch      | dict: input_ids, attention_mask (b, t), labels (b,); BERT: token_type_ids (b, t)
 
-What this file does not do: GLUE's test sets (their labels are not public), WordPiece or BPE
-themselves (tokenizers does), augmentation.
+What this file does not do: WordPiece or BPE themselves (tokenizers does), augmentation.
 """
 
 import dataclasses
@@ -47,6 +46,8 @@ class Task:
     hub_columns: tuple
     dev: str = "dev.tsv"
     hub_dev: str = "validation"
+    test: str = "test.tsv"
+    hub_test: str = "test"
     skip_short_rows: bool = False  # QQP's released file has a few rows that lack columns
 
     @property
@@ -83,6 +84,8 @@ TASKS = {
         ("premise", "hypothesis"),
         dev="dev_matched.tsv",
         hub_dev="validation_matched",
+        test="test_matched.tsv",
+        hub_test="test_matched",
     ),
     "qnli": Task(
         "QNLI",
@@ -116,12 +119,61 @@ def load_task(name, data_dir=None):
             number.
         OSError: no such folder or file; hub out of reach.
     """
+    folder = task_folder(name, data_dir)
+    task = TASKS[name]
+    if folder is None:
+        return tuple(load_from_hub(name, ("train", task.hub_dev)))
+    train, dev = read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
+    if len(train) > 1 and one_label(train):
+        raise ValueError(f"{folder / 'train.tsv'}: all {len(train)} examples have one label")
+    return train, dev
+
+
+def load_test(name, data_dir=None):
+    """Texts and labels of a task's test set, where it has labels; GLUE's own have none.
+
+    Args:
+        name, data_dir: as in load_task.
+
+    Returns:
+        (test, note): test is a list of (texts, label), or None; note says in one line why it is
+        None, and is "" otherwise.
+
+    Raises:
+        ValueError, OSError: as in load_task; a test file that is not there is no error.
+    """
+    folder = task_folder(name, data_dir)
+    task = TASKS[name]
+    if folder is None:
+        (test,) = load_from_hub(name, (task.hub_test,))
+        if any(label == -1 for _, label in test):
+            return None, f"the test set of {name} on the hub has no labels: no test result"
+        return test, ""
+    path = folder / task.test
+    if not path.is_file():
+        return None, f"{folder} has no {task.test}: no test result"
+    if not has_labels(path, task):
+        return None, f"{path} has no labels (GLUE's own test sets have none): no test result"
+    return read_tsv(path, task), ""
+
+
+def has_labels(path, task):
+    """Whether a TSV's header names the label column (CoLA: whether the file has no header)."""
+    with open(path, "rb") as file:
+        header = file.readline().decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+    if isinstance(task.label, str):
+        return task.label in header
+    return len(header) > max(*task.columns, task.label)  # GLUE's test.tsv: index, sentence
+
+
+def task_folder(name, data_dir):
+    """The folder with the task's TSVs, or None: from the hub. Raises as load_task."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}, allowed: {', '.join(TASKS)}")
     task = TASKS[name]
     if data_dir is None:
         if name != "paraphrase":
-            return load_from_hub(name)
+            return None
         data_dir = EMBEDDED
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
@@ -130,10 +182,7 @@ def load_task(name, data_dir=None):
         )
     if not (folder / "train.tsv").is_file() and (folder / task.folder).is_dir():
         folder /= task.folder
-    train, dev = read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
-    if len(train) > 1 and one_label(train):
-        raise ValueError(f"{folder / 'train.tsv'}: all {len(train)} examples have one label")
-    return train, dev
+    return folder
 
 
 def one_label(examples):
@@ -194,10 +243,11 @@ def read_label(text, task, where):
     return score
 
 
-def load_from_hub(name):
-    """A GLUE task from nyu-mll/glue, kept in the cache: a second call asks nobody."""
+def load_from_hub(name, splits):
+    """Splits of a GLUE task from nyu-mll/glue, kept in the cache: a second call asks nobody."""
     task = TASKS[name]
-    path = download.cache_folder("glue", f"{name}.json")
+    file_name = f"{name}.json" if "train" in splits else f"{name}-{'-'.join(splits)}.json"
+    path = download.cache_folder("glue", file_name)
     if not path.is_file():
         if not download.hub_reachable():
             raise ConnectionError(
@@ -207,16 +257,16 @@ def load_from_hub(name):
         import datasets
 
         with download.fetching(f"task {name}"):
-            splits = datasets.load_dataset("nyu-mll/glue", name)
+            found = datasets.load_dataset("nyu-mll/glue", name)
         rows = [
-            [[[row[c] for c in task.hub_columns], row["label"]] for row in splits[split]]
-            for split in ("train", task.hub_dev)
+            [[[row[c] for c in task.hub_columns], row["label"]] for row in found[split]]
+            for split in splits
         ]
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(rows, file)
         os.replace(file.name, path)
-    train, dev = json.loads(path.read_text())
-    return tuple([(tuple(texts), label) for texts, label in split] for split in (train, dev))
+    stored = json.loads(path.read_text())
+    return [[(tuple(texts), label) for texts, label in split] for split in stored]
 
 
 # --------------------------------------------------------------------------------------- tokenising

@@ -172,7 +172,8 @@ PRESETS = {
 }
 # The only values for Delta-LoRA that can be sourced (reference: Algorithm 1's "in experiments").
 PRESETS["delta-lora"] = {**PRESETS["lora"], "r": 8, "delta_ratio": 2.0, "delta_start": 500}
-RESUMABLE = ("resume", "eval_only", "device", "data_dir")  # flags that may stand beside --resume
+# Flags that may stand beside --resume.
+RESUMABLE = ("resume", "eval_only", "test", "device", "data_dir")
 
 
 def parse_flags(argv):
@@ -192,6 +193,11 @@ def parse_flags(argv):
         metavar="X",
         help=f"a set of flags: {', '.join(PRESETS)}; what is given beside it wins",
     )
+    parser.add_argument(
+        "--test",
+        action="store_true",
+        help="after the last epoch also evaluate on the task's test.tsv, if it has labels",
+    )
     parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
     parser.add_argument("--eval-only", action="store_true", help="with --resume: evaluate and stop")
     parser.add_argument(
@@ -210,7 +216,8 @@ def parse_flags(argv):
             raise ValueError(
                 f"--{name.replace('_', '-')} cannot be changed by --resume: a run keeps its flags"
             )
-    return types.SimpleNamespace(**{**stored_flags(given["resume"]), **given})
+    stored = stored_flags(given["resume"])
+    return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
 
 
 def stored_flags(folder):
@@ -229,6 +236,9 @@ def stored_flags(folder):
             fits = False
         if not fits:
             raise ValueError(f"{folder}/config.json: {key} is {value!r}, no value of --{name}")
+    args["test"] = stored.get("test", False)
+    if not isinstance(args["test"], bool):
+        raise ValueError(f"{folder}/config.json: test is {args['test']!r}, expected true or false")
     refuse_conflicts({}, args)
     return args
 

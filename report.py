@@ -46,6 +46,9 @@ def finish(run):
             run.folder,
             "done",
             **run.last,
+            dev=run.last,
+            test=run.test_metrics,
+            test_predictions=run.test_predictions,
             best=run.best,
             trainable={"adapters": adapters, "head": head},
             seconds=round(run.seconds, 2),
@@ -56,6 +59,7 @@ def finish(run):
         "trainable": f"{adapters:,} in adapters + {head:,} in the head",
         "final": show(run.last),
         "best": f"{show(run.best)} (epoch {run.best['epoch']})",
+        **({"test": show(run.test_metrics)} if run.test_metrics else {}),
         "seconds": f"{run.seconds:.1f}",
     }
     if run.plan:

@@ -46,6 +46,7 @@ class Run:
     dev: list
     device: torch.device
     notes: list  # lines for the person who started the run
+    test: list | None = None  # with labels, and asked for
     plan: allocate.Reallocator | None = None
     delta: DeltaLoRA | None = None
     folder: Path | None = None
@@ -54,6 +55,8 @@ class Run:
     step: int = 0  # steps done in all
     best: dict | None = None  # metrics of the best epoch
     last: dict | None = None
+    test_metrics: dict | None = None
+    test_predictions: str | None = None
     seconds: float = 0.0
     score_seconds: float = 0.0  # of these, spent on scoring
     stop: bool = False  # Ctrl-C was pressed
@@ -77,8 +80,15 @@ def set_up(args):
         raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
     train_set, cut = data.encode(train_texts, tokenizer, max_length)
     dev_set, dev_cut = data.encode(dev_texts, tokenizer, max_length)
-    if cut + dev_cut:
-        notes.append(f"{cut + dev_cut} examples are longer than {max_length} tokens: truncated")
+    test_set, test_cut = None, 0
+    if args.test:
+        test_texts, note = data.load_test(args.task, args.data_dir)
+        notes += [note] if note else []
+        if test_texts:
+            test_set, test_cut = data.encode(test_texts, tokenizer, max_length)
+    cut += dev_cut + test_cut
+    if cut:
+        notes.append(f"{cut} examples are longer than {max_length} tokens: truncated")
     if task.labels and data.one_label(dev_texts):
         notes.append("all development examples have one label: the metrics say little")
     if model.fresh:
@@ -91,7 +101,9 @@ def set_up(args):
     plan, delta = hetero.make_plan(model, args), None
     if args.delta_ratio:
         delta = DeltaLoRA(model, args.delta_ratio, args.delta_start, args.delta_lazy == "yes")
-    return Run(args, task, model, optimizer, train_set, dev_set, device, notes, plan, delta)
+    return Run(
+        args, task, model, optimizer, train_set, dev_set, device, notes, test_set, plan, delta
+    )
 
 
 def adapt(model, args):

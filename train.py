@@ -185,22 +185,42 @@ def train(run):
 
 
 @torch.inference_mode()
-def evaluate(model, task, examples):
-    """The task's metrics on encoded examples; the model's mode is kept."""
+def predict(model, task, examples):
+    """A class id (regression: a score) for each encoded example, in order; the mode is kept."""
     training = model.training
     model.eval()
-    predictions, labels = [], []
     # by length: little padding, and shares that are alike
-    examples = distributed.share(sorted(examples, key=lambda e: len(e["input_ids"])))
-    for indices in data.in_order(examples, EVAL_BATCH_SIZE):
-        batch = batch_of(model, [examples[i] for i in indices])
-        labels += batch.pop("labels").tolist()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    mine, found = distributed.share(order), []
+    for indices in data.in_order(mine, EVAL_BATCH_SIZE):
+        batch = batch_of(model, [examples[mine[i]] for i in indices])
+        del batch["labels"]
         logits = model(**batch).logits  # (b, labels)
-        predictions += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
+        found += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
     model.train(training)
-    parts = distributed.gather((predictions, labels))
-    predictions, labels = ([x for part in parts for x in part[i]] for i in (0, 1))
-    return data.metrics(task, predictions, labels)
+    parts = distributed.gather(dict(zip(mine, found, strict=True)))  # index -> prediction
+    by_index = {i: prediction for part in parts for i, prediction in part.items()}
+    return [by_index[i] for i in range(len(examples))]
+
+
+def evaluate(model, task, examples):
+    """The task's metrics on encoded examples."""
+    labels = [example["label"] for example in examples]
+    return data.metrics(task, predict(model, task, examples), labels)
+
+
+def evaluate_test(run):
+    """The test set once, at the end: its metrics, and every prediction (a character for a class).
+
+    No choice looks at them: not the best epoch, not an allocation.
+    """
+    if run.test is None:
+        return
+    predictions = predict(run.model, run.task, run.test)
+    labels = [example["label"] for example in run.test]
+    run.test_metrics = data.metrics(run.task, predictions, labels)
+    separator = "" if run.task.labels else " "
+    run.test_predictions = separator.join(map(str, predictions))
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -288,6 +308,9 @@ def main(argv=None):
             print(note)
         if args.eval_only:
             print(report.show(evaluate(run.model, run.task, run.dev)))
+            if run.test is not None:
+                evaluate_test(run)
+                print(f"test: {report.show(run.test_metrics)}")
             return 0
         return carry_out(run)
 
@@ -296,13 +319,17 @@ def carry_out(run):
     """Train, say how it ended, and return the exit code."""
     args = run.args
     print(report.method(args))
-    print(f"{args.task}: {len(run.train)} training, {len(run.dev)} development examples")
+    sizes = f"{len(run.train)} training, {len(run.dev)} development"
+    sizes += f", {len(run.test)} test" if run.test is not None else ""
+    print(f"{args.task}: {sizes} examples")
     try:
         if args.dry_run:
             print(dry_run(run))
             return 0
         with stop_on_signal(run):
             train(run)
+        if not run.stop:
+            evaluate_test(run)
         if not run.stop and distributed.rank() == 0:
             print(report.finish(run))
     except CannotGoOn as error:

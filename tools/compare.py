@@ -1,88 +1,421 @@
-"""Run several settings over several seeds and print mean ± sd: python tools/compare.py ARM …
-[options]
+"""A study: arms x learning rates x seeds, every run on record.
 
-    python tools/compare.py "LoRA: --preset lora" "HeteroLoRA:" --seeds 0,1,2 --out runs/table
-    --flags "--task mrpc"
+    python tools/compare.py run studies/mrpc.toml --data-dir DIR --jobs 2
+    python tools/compare.py report results/mrpc.jsonl
 
-An arm is NAME: FLAGS of train.py; --flags go to all of them. Seed by seed, arms in turn, so that a
-machine whose speed drifts is fair to all. A run that is finished in --out is read, not repeated.
-The metric is the last epoch's, not the best: choosing the epoch on the data that is reported
-flatters every method.
+A study has two phases. In `tune` every arm tries its learning rates on a split of the training set
+alone; the best one is frozen. In `final` every arm trains on the whole training set with other
+seeds, the same for all arms, and is evaluated on dev and test after its last epoch. The learning
+rates of an arm widen by half a decade while the best one is at an edge.
+
+    word     | meaning
+    study    | studies/NAME.toml: task, flags, splits, seeds, arms
+    arm      | one setting of train.py's flags, with the arms that are its controls
+    space    | what is adapted, and the budget: arms of one space are compared
+    order    | 1, 2, …: all arms of order 1 are tuned and finished before those of order 2
+    line     | one finished run in results/NAME.jsonl, or the labels of the test set
+
+What is missing is run, one thread each, seed by seed with the arms in turn, so that the lines of
+an interrupted study are a balanced study already. What was interrupted is resumed.
+
+What this file does not do: tables, intervals and pictures (compare_report.py).
 """
 
 import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
 import shlex
-import statistics
+import signal
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
+import compare_report
+import data
 import runs
 
 ROOT = Path(__file__).resolve().parents[1]
+GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 3)]  # half a decade apart
 
 
-def result(folder, flags):
-    """The "done" line of a run, run first if it is not there."""
-    done = [e for e in runs.read_log(folder) if e["event"] == "done"]
-    if not done:
-        going_on = ["--resume", str(folder)] if (folder / "checkpoint.pt").is_file() else None
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *(going_on or [*flags, "--out", str(folder)]),
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting; lrs are the learning rates that are tried first."""
+
+    name: str
+    space: str
+    flags: str
+    lrs: tuple
+    order: int = 1
+    controls: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The content of a study's TOML file."""
+
+    name: str
+    task: str
+    flags: str
+    tune_pairs: int
+    split_seed: int
+    tune_seeds: tuple
+    final_seeds: tuple
+    arms: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a line is about; two lines about the same run are an error."""
+
+    phase: str  # tune | final
+    arm: str
+    lr: float
+    seed: int
+
+
+# ---------------------------------------------------------------------------------------- the study
+
+
+def read_study(path):
+    """A Study from its TOML file. Raises ValueError or OSError with one line."""
+    try:
+        content = tomllib.loads(path.read_text())
+        arms = [
+            Arm(
+                name=a["name"],
+                space=a["space"],
+                flags=a["flags"],
+                lrs=tuple(map(float, a["lrs"])),
+                order=a.get("order", 1),
+                controls=tuple(a.get("controls", ())),
+            )
+            for a in content["arms"]
         ]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            raise RuntimeError(f"{shlex.join(command)}: {finished.stderr.strip().splitlines()[-1]}")
-        done = [e for e in runs.read_log(folder) if e["event"] == "done"]
-    return done[0]
-
-
-def table(arms, results, metric):
-    """Lines of a Markdown table."""
-    lines = [
-        "| arm | trainable | last epoch, per seed | mean ± sd | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for name in arms:
-        values = [r[metric] for r in results[name]]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        per_seed = ", ".join(f"{v:.3f}" for v in values)
-        seconds = statistics.median(r["seconds"] for r in results[name])
-        count = results[name][0]["trainable"]
-        lines.append(
-            f"| {name} | {count['adapters']:,} + {count['head']:,} | {per_seed} | "
-            f"{statistics.mean(values):.3f}{spread} | {seconds:.0f} |"
+        study = Study(
+            name=path.stem,
+            task=content["task"],
+            flags=content["flags"],
+            tune_pairs=content["tune"]["pairs"],
+            split_seed=content["tune"]["split_seed"],
+            tune_seeds=tuple(content["tune"]["seeds"]),
+            final_seeds=tuple(content["final"]["seeds"]),
+            arms=tuple(arms),
         )
-    return lines
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a study: {error!r}") from error
+    names = [arm.name for arm in arms]
+    for arm in arms:
+        if names.count(arm.name) > 1:
+            raise ValueError(f"{path}: two arms are called {arm.name!r}")
+        for lr in arm.lrs:
+            if lr not in GRID:
+                raise ValueError(
+                    f"{path}: arm {arm.name!r} has lr {lr:g}, allowed: 1 or 3 times a power of ten"
+                )
+        for control in arm.controls:
+            if control not in names:
+                raise ValueError(f"{path}: arm {arm.name!r} has an unknown control {control!r}")
+    if set(study.tune_seeds) & set(study.final_seeds):
+        raise ValueError(f"{path}: a seed is in tune and in final: tuned on what is reported")
+    return study
+
+
+def run_of(line):
+    return Run(line["phase"], line["arm"], line["lr"], line["seed"])
+
+
+def check_lines(study, lines, path):
+    """Raises ValueError where a line belongs to another study, or its arm has changed since."""
+    arms = {arm.name: arm for arm in study.arms}
+    for line in lines:
+        if line["phase"] == "labels" or line["arm"] not in arms:
+            continue  # an arm that the study no longer has stays on record
+        flags = flags_of(study, arms[line["arm"]])
+        if line["flags"] != flags:
+            raise ValueError(
+                f"{path}: arm {line['arm']!r} was run with {line['flags']!r}, the study says "
+                f"{flags!r}: give the arm another name, or take its lines away"
+            )
+
+
+def flags_of(study, arm):
+    return f"{study.flags} {arm.flags}".strip()
+
+
+# --------------------------------------------------------------------------------- what is missing
+
+
+def tuning(study, arm, lines):
+    """The state of an arm's tuning.
+
+    Returns:
+        (missing, best): the tune runs that are still to be made for the learning rates that are
+        known to be needed; and the learning rate with the highest mean accuracy on the tuning
+        split (the smaller of equals), or None while runs are missing.
+    """
+    found = {run_of(line): accuracy(line) for line in lines if line["phase"] == "tune"}
+    tried = sorted(arm.lrs)
+    while True:
+        wanted = [Run("tune", arm.name, lr, seed) for seed in study.tune_seeds for lr in tried]
+        missing = [run for run in wanted if run not in found]
+        if missing:
+            return missing, None
+        means = {lr: sum(found[run] for run in wanted if run.lr == lr) for lr in tried}
+        best = max(tried, key=means.get)
+        place = GRID.index(best)
+        if best == tried[0] and place > 0:
+            tried = [GRID[place - 1], *tried]
+        elif best == tried[-1] and place + 1 < len(GRID):
+            tried = [*tried, GRID[place + 1]]
+        else:
+            return [], best
+
+
+def accuracy(line):
+    """Of the last epoch, on the tuning split or dev; 0 for a run whose loss was not a number."""
+    return line["dev"][-1]["accuracy"] if line["dev"] else 0.0
+
+
+def missing_runs(study, lines):
+    """The runs that can be made now, in the order in which they should be; and how many follow.
+
+    Returns:
+        (list of Run, int): the int counts final runs of arms whose tuning is not finished.
+    """
+    done = {run_of(line) for line in lines if line["phase"] != "labels"}
+    result, later = [], 0
+    for order in sorted({arm.order for arm in study.arms}):
+        tune, final = [], []
+        for place, arm in enumerate(a for a in study.arms if a.order == order):
+            missing, best = tuning(study, arm, lines)
+            tune += [((study.tune_seeds.index(r.seed), r.lr, place), r) for r in missing]
+            if best is None:
+                later += len(study.final_seeds)
+                continue
+            for index, seed in enumerate(study.final_seeds):
+                run = Run("final", arm.name, best, seed)
+                other = [r for r in done if r.phase == "final" and r.arm == arm.name]
+                if any(r.lr != best for r in other):
+                    raise ValueError(
+                        f"arm {arm.name!r} has final runs at lr {other[0].lr:g}, and its tune runs "
+                        f"now say {best:g}: its learning rate was frozen"
+                    )
+                if run not in done:
+                    final.append(((index, place), run))
+        result += [run for _, run in sorted(tune, key=lambda x: x[0])]
+        result += [run for _, run in sorted(final, key=lambda x: x[0])]
+    return result, later
+
+
+# ----------------------------------------------------------------------------------------- one run
+
+
+def split_training_set(folder, target, pairs, seed):
+    """Rows of folder/train.tsv, shuffled: the first `pairs` to target/dev.tsv, else train.tsv."""
+    header, *rows = (folder / "train.tsv").read_bytes().rstrip(b"\r\n").split(b"\n")
+    if not 0 < pairs < len(rows):
+        raise ValueError(f"tune.pairs is {pairs}, {folder}/train.tsv has {len(rows)} rows")
+    random.Random(seed).shuffle(rows)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, part in (("dev.tsv", rows[:pairs]), ("train.tsv", rows[pairs:])):
+        runs.write_atomic(target / name, b"\n".join([header, *part]) + b"\n")
+
+
+def folder_of(study, run, flags, work):
+    """The run folder; its name holds a hash of the flags, so that other flags are another run."""
+    slug = re.sub(r"[^a-z0-9]+", "-", run.arm.lower()).strip("-")
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    return work / f"{run.phase}-{slug}-{digest}-{run.lr:g}-{run.seed}"
+
+
+def start(study, run, flags, folder, data_dir):
+    """Start or resume a run in a process of its own, with one thread; returns the Popen."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if (folder / "config.json").is_file():
+        command += ["--resume", str(folder), "--data-dir", str(data_dir)]
+    else:
+        command += [*shlex.split(flags), "--task", study.task, "--data-dir", str(data_dir)]
+        command += ["--lr", f"{run.lr:g}", "--seed", str(run.seed), "--out", str(folder)]
+        command += ["--test"] if run.phase == "final" else []
+    with open(folder.with_suffix(".log"), "w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def line_of(study, arm, run, folder):
+    """The line of a finished run, or None if it is not finished."""
+    log = runs.read_log(folder)
+    done = [event for event in log if event["event"] == "done"]
+    if not done:
+        return None
+    versions = json.loads((folder / "config.json").read_text())["versions"]
+    line = {
+        "phase": run.phase,
+        "arm": arm.name,
+        "space": arm.space,
+        "controls": arm.controls,
+        "flags": flags_of(study, arm),
+        "seed": run.seed,
+        "lr": run.lr,
+        "commit": versions.pop("git"),
+        "versions": versions,
+        "dev": [
+            {k: v for k, v in event.items() if k not in ("event", "step", "epoch")}
+            for event in log
+            if event["event"] == "eval"
+        ],
+        "trainable": done[0]["trainable"],
+        "seconds": done[0]["seconds"],
+    }
+    if run.phase == "final":
+        line |= {"test": done[0]["test"], "predictions": done[0]["test_predictions"]}
+    return line
+
+
+def not_a_number(study, arm, run, text):
+    """The line of a tune run that ended because its loss was not a number: the worst there is."""
+    return {
+        "phase": run.phase,
+        "arm": arm.name,
+        "space": arm.space,
+        "controls": arm.controls,
+        "flags": flags_of(study, arm),
+        "seed": run.seed,
+        "lr": run.lr,
+        "dev": [],
+        "stopped": text,
+    }
+
+
+# ---------------------------------------------------------------------------------------- all runs
+
+
+def append(path, line):
+    """Add a line to the results; what a crash cuts short is one torn last line (read_results)."""
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_study(study, results, work, data_dir, jobs):
+    """Make the runs that are missing; returns when all are on record.
+
+    Raises:
+        ValueError, OSError, RuntimeError: see read_study, check_lines; a run that failed.
+        KeyboardInterrupt: after the runs under way have saved themselves.
+    """
+    source = data.task_folder(study.task, data_dir)
+    split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
+    folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
+    lines = compare_report.read_results(results, mend=True)
+    check_lines(study, lines, results)
+    labels, note = data.load_test(study.task, data_dir)
+    if labels is None:
+        raise ValueError(f"a study needs a test set with labels: {note}")
+    labels = "".join(str(label) for _, label in labels)
+    if not any(line["phase"] == "labels" for line in lines):
+        append(results, {"phase": "labels", "task": study.task, "labels": labels})
+        lines = compare_report.read_results(results)
+    if lines[0].get("labels") != labels:
+        raise ValueError(f"{results} was made with another test set than {source}: use that one")
+    arms, active = {arm.name: arm for arm in study.arms}, {}
+    finished = [line for line in lines if line["phase"] != "labels"]
+    bar = tqdm(initial=len(finished), unit="run", smoothing=0, dynamic_ncols=True)
+    try:
+        while True:
+            missing, later = missing_runs(study, lines)
+            bar.total = len([r for r in lines if r["phase"] != "labels"]) + len(missing) + later
+            bar.refresh()
+            for run in missing:
+                if len(active) == jobs:
+                    break
+                if run not in active:
+                    flags = flags_of(study, arms[run.arm])
+                    folder = folder_of(study, run, flags, work)
+                    process = start(study, run, flags, folder, folders[run.phase])
+                    active[run] = (folder, process)
+            if not active:
+                return
+            for run, (folder, process) in list(active.items()):
+                if process.poll() is None:
+                    continue
+                line = line_after(study, arms[run.arm], run, folder, process.returncode)
+                append(results, line)
+                lines.append(json.loads(json.dumps(line)))
+                del active[run]
+                bar.update()
+            time.sleep(0.2)
+    finally:
+        bar.close()
+        for _, process in active.values():
+            process.send_signal(signal.SIGTERM)
+        for _, process in active.values():
+            process.wait()
+
+
+def line_after(study, arm, run, folder, returncode):
+    """The line of a run whose process has ended. Raises RuntimeError where it failed."""
+    text = folder.with_suffix(".log").read_text().strip().replace("\r", "\n").splitlines()
+    line = line_of(study, arm, run, folder) if returncode == 0 else None
+    if line is None:
+        wrong = [t for t in text if t.startswith("train.py: ")] or text[-1:] or ["no output"]
+        if returncode == 1 and run.phase == "tune" and "the loss of step" in wrong[0]:
+            return not_a_number(study, arm, run, wrong[0])
+        raise RuntimeError(f"{folder.name} ended with exit code {returncode}: {wrong[0]}")
+    return line
+
+
+# --------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
+    """Exit code: 0 done; 2 bad input, or a run that failed; 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("arms", nargs="+", metavar="ARM", help='"NAME: FLAGS of train.py"')
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
-    parser.add_argument("--flags", default="", help="flags of train.py for every arm")
-    parser.add_argument("--metric", default="accuracy", help="default: accuracy")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder that gets a run folder per run"
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make the runs that are missing")
+    run.add_argument("study", type=Path, help="studies/NAME.toml")
+    run.add_argument("--data-dir", type=Path, help="the task's folder, with a labelled test.tsv")
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    run.add_argument("--results", type=Path, help="default: results/NAME.jsonl")
+    run.add_argument("--work", type=Path, help="run folders (default: runs/study-NAME)")
+    report = commands.add_parser("report", help="table, verdicts and a picture, from the lines")
+    report.add_argument("results", type=Path, help="results/NAME.jsonl")
+    report.add_argument("--picture", type=Path, help="default: results/NAME.png")
     args = parser.parse_args(argv)
-    arms = dict(arm.split(":", 1) for arm in args.arms)
-    results = {name: [] for name in arms}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for seed in args.seeds.split(","):
-            for name, flags in arms.items():
-                folder = args.out / f"{name.strip().replace(' ', '-')}-{seed}"
-                given = [*shlex.split(args.flags), *shlex.split(flags), "--seed", seed]
-                results[name].append(result(folder, given))
-                print(f"{name}, seed {seed}: {results[name][-1][args.metric]:.4f}", flush=True)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        if args.command == "report":
+            lines = compare_report.read_results(args.results)
+            print("\n".join(compare_report.report(lines)))
+            picture = args.picture or args.results.with_suffix(".png")
+            compare_report.draw(lines, picture)
+            print(f"\n{picture}")
+            return 0
+        study = read_study(args.study)
+        results = args.results or ROOT / "results" / f"{study.name}.jsonl"
+        work = args.work or ROOT / "runs" / f"study-{study.name}"
+        work.mkdir(parents=True, exist_ok=True)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with runs.locked(work):
+            run_study(study, results, work, args.data_dir, args.jobs)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    print("\n".join(table(arms, results, args.metric)))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

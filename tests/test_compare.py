@@ -1,0 +1,243 @@
+"""tools/compare.py and compare_report.py: what is run, when, and the numbers of the report."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+import compare_report
+import flags as flags_module
+
+ROOT = Path(__file__).resolve().parents[1]
+ARM = '[[arms]]\nname = "{}"\nspace = "s"\nflags = "--r {}"\nlrs = [1e-3, 3e-3]\n{}\n'
+STUDY = """task = "mrpc"
+flags = "--epochs 1"
+[tune]
+pairs = 2
+split_seed = 1
+seeds = [100, 101]
+[final]
+seeds = [1, 2]
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "mini.toml"
+    second = ARM.format("b", 4, 'controls = ["a"]')
+    path.write_text(STUDY + ARM.format("a", 2, "") + second + ARM.format("c", 8, "order = 2"))
+    return compare.read_study(path)
+
+
+def line(phase, arm, lr, seed, accuracy, **more):
+    flags = f"--epochs 1 --r {dict(a=2, b=4, c=8)[arm]}"
+    found = {"phase": phase, "arm": arm, "lr": lr, "seed": seed, "flags": flags}
+    return {**found, "dev": [{"accuracy": 0.0}, {"accuracy": accuracy}], **more}
+
+
+def run_all(study, accuracy_of):
+    """Make every run in the order given; -> the runs in that order."""
+    lines, order = [], []
+    while True:
+        missing, _ = compare.missing_runs(study, lines)
+        if not missing:
+            return order
+        run = missing[0]
+        order.append(run)
+        lines.append(line(run.phase, run.arm, run.lr, run.seed, accuracy_of(run)))
+
+
+def test_order_is_balanced_and_the_grid_widens_while_the_best_is_at_an_edge(study):
+    best = {"a": 1e-3, "b": 1e-4, "c": 1e-2}
+    order = run_all(study, lambda run: -abs(math.log(run.lr / best[run.arm])))
+    tuned = {
+        arm: sorted({r.lr for r in order if r.phase == "tune" and r.arm == arm}) for arm in "abc"
+    }
+    assert tuned["a"] == [3e-4, 1e-3, 3e-3]  # 1e-3 was an edge: one more below
+    assert tuned["b"] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert tuned["c"] == [1e-3, 3e-3, 1e-2, 3e-2]
+    final = [r for r in order if r.phase == "final"]
+    assert [(r.arm, r.seed) for r in final] == [
+        *(("a", 1), ("b", 1), ("a", 2), ("b", 2)),
+        *(("c", 1), ("c", 2)),
+    ]
+    assert all(r.lr == best[r.arm] for r in final)
+    assert len(set(order)) == len(order)
+
+
+def test_equal_learning_rates_give_the_smaller_and_seeds_count_alike(study):
+    lines = [
+        *(line("tune", "a", lr, 100, 0.5) for lr in (3e-4, 1e-3, 3e-3)),
+        *(line("tune", "a", lr, 101, x) for lr, x in ((3e-4, 0.1), (1e-3, 0.7), (3e-3, 0.7))),
+    ]
+    assert compare.tuning(study, study.arms[0], lines) == ([], 1e-3)
+    lines[5] = line("tune", "a", 3e-3, 101, 0.8)
+    missing, best = compare.tuning(study, study.arms[0], lines)
+    assert best is None and {run.lr for run in missing} == {1e-2}
+
+
+def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
+    lines = [line("tune", "a", lr, s, 0.5 - lr) for lr in (3e-4, 1e-3, 3e-3) for s in (100, 101)]
+    lines += [line("tune", "a", 1e-4, s, 0.1) for s in (100, 101)]
+    assert compare.tuning(study, study.arms[0], lines) == ([], 3e-4)
+    lines += [line("final", "a", 1e-3, 1, 0.5)]
+    with pytest.raises(ValueError, match=r"final runs at lr 0\.001.*frozen"):
+        compare.missing_runs(study, lines)
+    lines[0]["flags"] = "--epochs 1 --r 3"
+    with pytest.raises(ValueError, match="'--epochs 1 --r 3', the study says '--epochs 1 --r 2'"):
+        compare.check_lines(study, lines, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lrs = [1e-3, 3e-3]", "lrs = [2e-3]", "lr 0.002, allowed: 1 or 3 times"),
+        ('name = "b"', 'name = "a"', "two arms"),
+        ('controls = ["a"]', 'controls = ["x"]', "unknown control 'x'"),
+        ("seeds = [1, 2]", "seeds = [100]", "in tune and in final"),
+        ("task =", "tusk =", "KeyError.*task"),
+        ("[tune]", "[tune", "TOML"),
+    ],
+)
+def test_bad_studies_are_one_line(tmp_path, old, new, message):
+    text = STUDY + ARM.format("a", 2, "") + ARM.format("b", 4, 'controls = ["a"]')
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        compare.read_study(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_studies_that_are_shipped_can_be_read_and_their_flags_parse():
+    for path in sorted((ROOT / "studies").glob("*.toml")):
+        study = compare.read_study(path)
+        for arm in study.arms:
+            flags = [*compare.flags_of(study, arm).split(), "--task", study.task]
+            args = flags_module.parse_flags(flags)
+            if args.shortcuts != "none":
+                assert args.shortcut_alpha / args.r == 0.5, arm.name
+            if args.targets and "alpha" not in arm.name:
+                assert args.lora_alpha / args.r == 2, arm.name
+
+
+# ------------------------------------------------------------------------------------- results file
+
+
+def test_a_torn_last_line_is_mended_and_nothing_is_counted_twice(tmp_path):
+    path = tmp_path / "r.jsonl"
+    one, two = line("tune", "a", 1e-3, 100, 0.5), line("tune", "a", 1e-3, 101, 0.5)
+    path.write_text(json.dumps(one) + "\n" + json.dumps(two)[:20])
+    assert compare_report.read_results(path) == [one]
+    assert compare_report.read_results(path, mend=True) == [one]
+    compare.append(path, two)
+    assert compare_report.read_results(path) == [one, two]
+    compare.append(path, one)
+    with pytest.raises(ValueError, match=r"r\.jsonl:3 is the run of line 1 again"):
+        compare_report.read_results(path)
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"r\.jsonl:1 is no line of a study"):
+        compare_report.read_results(path)
+
+
+# ---------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(("df", "t"), [(1, 12.7062), (2, 4.3027), (9, 2.2622), (29, 2.0452)])
+def test_t_quantiles_are_those_of_the_printed_tables(df, t):
+    assert compare_report.t_quantile(df) == pytest.approx(t, abs=1e-4)
+
+
+def test_interval_over_seeds_on_known_numbers():
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, sd sqrt(2.5), t(4) = 2.776445
+    half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)
+    low, high = compare_report.over_seeds(values)
+    assert (low, high) == pytest.approx((3 - half, 3 + half), abs=1e-4)
+    assert statistics.stdev(values) == pytest.approx(math.sqrt(2.5))
+
+
+def test_interval_over_seeds_and_examples_on_known_numbers():
+    # one seed, 400 examples, 100 of them +1: the mean of a resample is Binomial(400, 1/4) / 400
+    matrix = np.zeros((1, 400))
+    matrix[0, :100] = 1
+    low, high = compare_report.over_seeds_and_examples(matrix)
+    sd = math.sqrt(0.25 * 0.75 / 400)
+    assert (low, high) == pytest.approx((0.25 - 1.96 * sd, 0.25 + 1.96 * sd), abs=0.004)
+    # 2 seeds that differ on all examples: a resample of seeds has mean 0, 1/2 or 1
+    rows = np.array([[0.0] * 50, [1.0] * 50])
+    assert compare_report.over_seeds_and_examples(rows) == pytest.approx((0.0, 1.0))
+    # additive: variance s^2/n of seeds + v/m of examples, both exact for the multinomial
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(30, 1)), rng.normal(size=(1, 200))
+    low, high = compare_report.over_seeds_and_examples(a + b)
+    sd = math.sqrt(a.var() / 30 + b.var() / 200)
+    assert high - low == pytest.approx(2 * 1.96 * sd, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "words"),
+    [
+        (((-0.9, 0.8), (-1.0, 1.0)), "no difference"),
+        (((0.1, 0.9), (0.2, 0.8)), "no difference"),
+        (((-0.9, 0.8), (-1.1, 1.0)), "not decided"),
+        (((0.1, 2.0), (0.2, 3.0)), "a difference"),
+        (((-3.0, -0.1), (-2.0, -0.2)), "a difference"),
+        (((0.1, 2.0), (-0.2, 3.0)), "not decided"),
+    ],
+)
+def test_verdicts_in_the_fixed_words(intervals, words):
+    assert compare_report.verdict(*intervals) == words
+
+
+def made_up(arm, seed, predictions, labels="11110000", controls=()):
+    """A final line; its test accuracy follows from the predictions."""
+    hits = sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
+    return {
+        **line("final", arm, 1e-3, seed, 0.7 + seed / 100),
+        "space": "s",
+        "controls": list(controls),
+        "trainable": {"adapters": 18432, "head": 770},
+        "test": {"accuracy": hits},
+        "predictions": predictions,
+    }
+
+
+def test_report_needs_nothing_but_the_lines(tmp_path):
+    lines = [
+        {"phase": "labels", "task": "mrpc", "labels": "11110000"},
+        made_up("a", 1, "11110011"),  # 6 of 8
+        made_up("b", 1, "11110000", controls=["a"]),  # 8 of 8
+        made_up("a", 2, "11110111"),  # 5 of 8
+        made_up("b", 2, "11110001", controls=["a"]),  # 7 of 8
+        made_up("b", 3, "00001111", controls=["a"]),  # a has no seed 3: not in the difference
+    ]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    command = [sys.executable, str(ROOT / "tools" / "compare.py"), "report", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| a | 18,432 | 0.001 | 2 | 71.5 ± 0.7 | 68.8 ± 8.8 |" in done.stdout
+    assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
+    assert "not decided |" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------- split
+
+
+def test_the_tuning_split_is_a_partition_drawn_by_its_seed(tmp_path):
+    rows = [f"{i}\ttext {i}" for i in range(10)]
+    (tmp_path / "train.tsv").write_text("\n".join(["head\ttext", *rows]) + "\n")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        compare.split_training_set(tmp_path, tmp_path / name, 4, seed)
+    read = {n: [(tmp_path / n / f).read_text() for f in ("dev.tsv", "train.tsv")] for n in "abc"}
+    assert read["a"] == read["b"] != read["c"]
+    parts = [text.splitlines() for text in read["a"]]
+    assert [len(p) for p in parts] == [5, 7] and all(p[0] == "head\ttext" for p in parts)
+    assert sorted(parts[0][1:] + parts[1][1:]) == sorted(rows)
+    with pytest.raises(ValueError, match=r"tune\.pairs is 10.*10 rows"):
+        compare.split_training_set(tmp_path, tmp_path / "d", 10, 1)

@@ -1,0 +1,232 @@
+"""What a study's lines say: table, intervals, verdicts, picture (compare.py report).
+
+Differences are paired: arm minus control, seed by seed, on the same test pairs, in points of
+accuracy. Two intervals of 95 % stand beside each:
+
+    over seeds               mean +- t(n - 1) sd / sqrt(n), n seeds; the test set is taken as given
+    over seeds and examples  the 2.5 and 97.5 % quantiles of 10,000 resampled means, seeds and test
+                             pairs drawn anew with replacement, each pair for all seeds alike
+
+The verdict, fixed before the runs: "no difference" if both intervals lie within +- MARGIN points,
+else "a difference" if both exclude 0, else "not decided".
+
+What this file does not do: make runs (compare.py).
+"""
+
+import json
+import math
+import os
+
+import numpy as np
+
+MARGIN = 1.0  # points of test accuracy
+DRAWS = 10_000
+
+
+def read_results(path, mend=False):
+    """The lines of a results file; a last line that a crash cut short is left out.
+
+    Args:
+        path: results/NAME.jsonl; a file that is not there has no lines.
+        mend: bool, take the torn line out of the file, so that it can be appended to.
+
+    Raises:
+        ValueError: a line that is no line of a study, or a run that is there twice.
+    """
+    if not path.is_file():
+        if not mend:
+            raise FileNotFoundError(f"no results at {path}: make some with compare.py run")
+        return []
+    whole, _, torn = path.read_text().rpartition("\n")
+    if torn and mend:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(whole + "\n" if whole else "")
+        os.replace(temporary, path)
+    lines, seen = [], {}
+    for number, text in enumerate(whole.split("\n") if whole else [], 1):
+        try:
+            line = json.loads(text)
+            key = line["phase"], line.get("arm"), line.get("lr"), line.get("seed")
+            if line["phase"] not in ("labels", "tune", "final"):
+                raise ValueError(f"phase {line['phase']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no line of a study: {error!r}") from error
+        if key in seen:
+            raise ValueError(f"{path}:{number} is the run of line {seen[key]} again: take one away")
+        seen[key] = number
+        lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------- intervals
+
+
+def t_quantile(df):
+    """The 97.5 % quantile of Student's t, df >= 1, by bisection on its density's integral."""
+    constant = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
+    angle = np.linspace(0, 1, 20_001)  # x = q u, u from 0 to 1
+
+    def half_mass(q):  # integral of the density from 0 to q
+        return q * np.trapezoid(constant * (1 + (q * angle) ** 2 / df) ** (-(df + 1) / 2), angle)
+
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if half_mass(middle) < 0.475 else (low, middle)
+    return low
+
+
+def over_seeds(differences):
+    """(low, high): mean +- t sd / sqrt(n) of n paired differences; infinite for one seed."""
+    n = len(differences)
+    if n < 2:
+        return -math.inf, math.inf
+    half = t_quantile(n - 1) * np.std(differences, ddof=1) / math.sqrt(n)
+    return float(np.mean(differences) - half), float(np.mean(differences) + half)
+
+
+def over_seeds_and_examples(differences, draws=DRAWS, seed=0):
+    """(low, high): quantiles of resampled means, rows (seeds) and columns (examples) resampled.
+
+    Args:
+        differences: (n, m), of n seeds and m examples: arm right minus control right, -1, 0 or 1.
+        draws: how many means. seed: of the resampling.
+    """
+    n, m = differences.shape
+    rng = np.random.default_rng(seed)
+    rows = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n  # (draws, n)
+    means = np.empty(draws)
+    for i in range(0, draws, 500):  # 500 draws at a time: (500, m) counts are enough memory
+        columns = rng.multinomial(m, np.full(m, 1 / m), size=len(rows[i : i + 500])) / m
+        means[i : i + 500] = np.einsum(
+            "ds,sm,dm->d", rows[i : i + 500], differences, columns, optimize=True
+        )
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def verdict(*intervals):
+    """The fixed words, from intervals in points of accuracy."""
+    if all(low >= -MARGIN and high <= MARGIN for low, high in intervals):
+        return "no difference"
+    if all(low > 0 or high < 0 for low, high in intervals):
+        return "a difference"
+    return "not decided"
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def finals(lines):
+    """{arm: {seed: line}} of the final runs, arms in the order in which they first finished."""
+    found = {}
+    for line in lines:
+        if line["phase"] == "final":
+            found.setdefault(line["arm"], {})[line["seed"]] = line
+    return found
+
+
+def right(line, labels):
+    """(m,) 1 where the prediction on a test example is right, else 0."""
+    predictions = np.frombuffer(line["predictions"].encode(), np.uint8)
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} test labels")
+    return (predictions == labels).astype(np.float64)
+
+
+def spread(values):
+    """Mean ± sd in points."""
+    sd = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{sd}"
+
+
+def interval(low, high):
+    return f"{low:+.1f} … {high:+.1f}" if math.isfinite(low) else "–"
+
+
+def compared(arm, control, labels):
+    """Paired differences of two arms' finals {seed: line}, on the seeds that both have.
+
+    Returns:
+        (number of seeds, mean in points, interval over seeds, interval over both).
+    """
+    seeds = sorted(set(arm) & set(control))
+    matrix = np.array([right(arm[s], labels) - right(control[s], labels) for s in seeds])  # (n, m)
+    per_seed = 100 * matrix.mean(1)  # (n,)
+    both = tuple(100 * x for x in over_seeds_and_examples(matrix))
+    return len(seeds), float(per_seed.mean()), over_seeds(per_seed), both
+
+
+def report(lines):
+    """The report as lines of Markdown: one table of arms, one of differences, for each space."""
+    arms = finals(lines)
+    labels = next((line["labels"] for line in lines if line["phase"] == "labels"), "")
+    labels = np.frombuffer(labels.encode(), np.uint8)
+    result = []
+    for space in dict.fromkeys(first(found)["space"] for found in arms.values()):
+        here = {name: found for name, found in arms.items() if first(found)["space"] == space}
+        result += [f"### {space}", "", "| arm | trainable | lr | seeds | dev | test |"]
+        result += ["|---|---|---|---|---|---|"]
+        for name, found in here.items():
+            dev = spread([line["dev"][-1]["accuracy"] for line in found.values()])
+            test = spread([line["test"]["accuracy"] for line in found.values()])
+            count, lr = first(found)["trainable"]["adapters"], first(found)["lr"]
+            result += [f"| {name} | {count:,} | {lr:g} | {len(found)} | {dev} | {test} |"]
+        rows = []
+        for name, found in here.items():
+            for control in first(found)["controls"]:
+                if not set(found) & set(arms.get(control, {})):
+                    continue
+                n, mean, seeds, both = compared(found, arms[control], labels)
+                rows += [
+                    f"| {name} − {control} | {n} | {mean:+.1f} | {interval(*seeds)} | "
+                    f"{interval(*both)} | {verdict(seeds, both)} |"
+                ]
+        if rows:
+            result += [
+                "",
+                "| difference in test accuracy, points | seeds | mean | 95 % over seeds "
+                "| 95 % over seeds and examples | verdict |",
+                "|---|---|---|---|---|---|",
+            ]
+            result += [*rows]
+        result += [""]
+    tuned = sum(line["phase"] == "tune" for line in lines)
+    total = sum(len(found) for found in arms.values())
+    return [*result, f"{total} final runs, {tuned} tune runs."]
+
+
+def first(found):
+    return next(iter(found.values()))
+
+
+# ------------------------------------------------------------------------------------------ picture
+
+
+def draw(lines, path):
+    """Every final run a dot at its test accuracy, one row an arm, its mean a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = finals(lines)
+    names = sorted(arms, key=lambda n: (first(arms[n])["space"], list(arms).index(n)))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(names)), layout="constrained")
+    spaces = list(dict.fromkeys(first(arms[n])["space"] for n in names))
+    for row, name in enumerate(names):
+        values = [100 * line["test"]["accuracy"] for line in arms[name].values()]
+        colour = f"C{spaces.index(first(arms[name])['space'])}"
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)
+        axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], "-", color="black")
+    labels = [f"{n}  ({first(arms[n])['trainable']['adapters']:,})" for n in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="lightgrey")
+    axes.set_xlabel("test accuracy after the last epoch, %: a dot a run, a bar the mean")
+    for i, space in enumerate(spaces):
+        axes.plot([], [], "o", color=f"C{i}", label=space)
+    if spaces:
+        axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
