@@ -248,7 +248,7 @@ def start(study, run, flags, folder, data_dir):
         command += [*shlex.split(flags), "--task", study.task, "--data-dir", str(data_dir)]
         command += ["--lr", f"{run.lr:g}", "--seed", str(run.seed), "--out", str(folder)]
         command += ["--test"] if run.phase == "final" else []
-    with open(folder.with_suffix(".log"), "w") as log:
+    with open(folder.with_name(folder.name + ".log"), "w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -367,7 +367,7 @@ def run_study(study, results, work, data_dir, jobs):
 
 def line_after(study, arm, run, folder, returncode):
     """The line of a run whose process has ended. Raises RuntimeError where it failed."""
-    text = folder.with_suffix(".log").read_text().strip().replace("\r", "\n").splitlines()
+    text = folder.with_name(folder.name + ".log").read_text().strip().replace("\r", "\n").splitlines()
     line = line_of(study, arm, run, folder) if returncode == 0 else None
     if line is None:
         wrong = [t for t in text if t.startswith("train.py: ")] or text[-1:] or ["no output"]
