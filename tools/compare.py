@@ -367,7 +367,8 @@ def run_study(study, results, work, data_dir, jobs):
 
 def line_after(study, arm, run, folder, returncode):
     """The line of a run whose process has ended. Raises RuntimeError where it failed."""
-    text = folder.with_name(folder.name + ".log").read_text().strip().replace("\r", "\n").splitlines()
+    text = folder.with_name(folder.name + ".log").read_text().strip()
+    text = text.replace("\r", "\n").splitlines()
     line = line_of(study, arm, run, folder) if returncode == 0 else None
     if line is None:
         wrong = [t for t in text if t.startswith("train.py: ")] or text[-1:] or ["no output"]
