@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import seeds
+from support import seeds
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 RESIDUALS = ("residual_1", "residual_2")

@@ -26,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
-import download
-import seeds
+from support import download, hf_folder, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -84,7 +82,7 @@ class Config:
         Raises:
             ValueError: a family or feature that is not implemented, or a size that is missing.
         """
-        return cls(**{**checkpoint.config_fields(hf, tuple(ACTIVATIONS)), **overrides})
+        return cls(**{**hf_folder.config_fields(hf, tuple(ACTIVATIONS)), **overrides})
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -370,15 +368,15 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         OSError: nothing to load, or it cannot be downloaded.
     """
     folder = download.model_folder(name)
-    hf = checkpoint.read_config(folder)
+    hf = hf_folder.read_config(folder)
     config = Config.from_hf(hf, num_labels=num_labels, head=head, dropout=dropout, **overrides)
-    tokenizer = checkpoint.load_tokenizer(folder, config.family, config.vocab_size)
+    tokenizer = hf_folder.load_tokenizer(folder, config.family, config.vocab_size)
     with torch.device("meta"):
         model = Transformer(
             config
         )  # every parameter is replaced below: none needs an initial value
-    tensors = checkpoint.read_tensors(folder)
-    state, fresh = checkpoint.convert(tensors, config, model.state_dict(), model.head)
+    tensors = hf_folder.read_tensors(folder)
+    state, fresh = hf_folder.convert(tensors, config, model.state_dict(), model.head)
     rng = seeds.generator(seed, "head")
     for module in fresh:
         linear = model.get_submodule(module)

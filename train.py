@@ -23,15 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-import distributed
-import flags
-import hetero
 import lora
-import report
-import runs
-import seeds
-import state
+from support import distributed, flags, glue, hetero, report, run_folder, run_state, seeds
 
 EVAL_BATCH_SIZE = 64
 
@@ -50,7 +43,7 @@ def score_batches(run):
     """
     examples = run.train[: run.args.score_batches * run.args.batch_size]
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
-    chosen = data.in_order(examples, run.args.batch_size)
+    chosen = glue.in_order(examples, run.args.batch_size)
     return [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
 
 
@@ -64,7 +57,7 @@ def allocate_now(run, say):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     run.score_seconds += seconds
     if args.proxy == "uniform" or args.per_rank == "yes":  # before step 1: nothing to carry over
-        run.optimizer = state.make_optimizer(run.model, args)
+        run.optimizer = run_state.make_optimizer(run.model, args)
     adapters, _ = report.counts(run)
     log(run, "score", step=run.step, parameters=adapters, seconds=seconds)
     write_history(run)
@@ -73,7 +66,7 @@ def allocate_now(run, say):
 def log(run, event, **values):
     """A line of metrics.jsonl, where this process has a run folder to write to."""
     if run.folder:
-        runs.log(run.folder, event, **values)
+        run_folder.log(run.folder, event, **values)
 
 
 def write_history(run):
@@ -83,7 +76,7 @@ def write_history(run):
     a = run.args
     budget = {"keep": a.keep} if a.budget_params is None else {"parameters": a.budget_params}
     content = {"proxy": a.proxy, "mode": a.allocate, "budget": budget, "costs": run.plan.costs}
-    runs.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
+    run_folder.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -104,7 +97,7 @@ def learning_rate(step, total, args):
 def batch_of(model, examples):
     """Examples as a batch on the model's device."""
     config, device = model.config, model.word_embeddings.weight.device
-    return data.collate(examples, config.pad_token_id, config.type_vocab_size > 1, device)
+    return glue.collate(examples, config.pad_token_id, config.type_vocab_size > 1, device)
 
 
 def train_step(run, group, lr):
@@ -140,7 +133,7 @@ def train_step(run, group, lr):
 def epoch_steps(run, epoch):
     """The steps of an epoch: a list of groups of batches of indices, from (seed, epoch) alone."""
     rng = seeds.generator(run.args.seed, f"order/{epoch}")
-    batches = data.grouped_by_length(run.train, run.args.batch_size, rng)
+    batches = glue.grouped_by_length(run.train, run.args.batch_size, rng)
     n = run.args.accumulate
     return [batches[i : i + n] for i in range(0, len(batches), n)]
 
@@ -171,7 +164,7 @@ def train(run):
                     log(run, "train", step=run.step, epoch=run.epoch, loss=loss)
                 run.seconds = seconds_before + time.monotonic() - started
                 if run.stop:
-                    state.save(run)
+                    run_state.save(run)
                     return
             run.epoch, run.batch = run.epoch + 1, 0
             run.last = evaluate(run.model, run.task, run.dev)
@@ -181,7 +174,7 @@ def train(run):
                 run.best = {**run.last, "epoch": run.epoch}
             log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
             bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
-            state.save(run)
+            run_state.save(run)
 
 
 @torch.inference_mode()
@@ -192,7 +185,7 @@ def predict(model, task, examples):
     # by length: little padding, and shares that are alike
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     mine, found = distributed.share(order), []
-    for indices in data.in_order(mine, EVAL_BATCH_SIZE):
+    for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
         batch = batch_of(model, [examples[mine[i]] for i in indices])
         del batch["labels"]
         logits = model(**batch).logits  # (b, labels)
@@ -206,7 +199,7 @@ def predict(model, task, examples):
 def evaluate(model, task, examples):
     """The task's metrics on encoded examples."""
     labels = [example["label"] for example in examples]
-    return data.metrics(task, predict(model, task, examples), labels)
+    return glue.metrics(task, predict(model, task, examples), labels)
 
 
 def evaluate_test(run):
@@ -218,7 +211,7 @@ def evaluate_test(run):
         return
     predictions = predict(run.model, run.task, run.test)
     labels = [example["label"] for example in run.test]
-    run.test_metrics = data.metrics(run.task, predictions, labels)
+    run.test_metrics = glue.metrics(run.task, predictions, labels)
     separator = "" if run.task.labels else " "
     run.test_predictions = separator.join(map(str, predictions))
 
@@ -247,29 +240,31 @@ def prepare(args, stack):
     writes = distributed.rank() == 0 and not args.eval_only and not args.dry_run
     if args.resume:
         if writes:
-            stack.enter_context(runs.locked(Path(args.resume)))
-        run = state.set_up(args)
-        stored, note = runs.load_checkpoint(Path(args.resume))
+            stack.enter_context(run_folder.locked(Path(args.resume)))
+        run = run_state.set_up(args)
+        stored, note = run_folder.load_checkpoint(Path(args.resume))
         run.notes += [note] if note else []
         if stored:
-            state.restore(run, stored)
+            run_state.restore(run, stored)
         elif args.eval_only:
             raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
         if writes:
             run.folder = Path(args.resume)
-            runs.truncate_log(run.folder, stored["log_lines"] if stored else 0)
+            run_folder.truncate_log(run.folder, stored["log_lines"] if stored else 0)
             if run.plan and run.plan.history:
                 write_history(run)
         return run
-    run = state.set_up(args)
+    run = run_state.set_up(args)
     if writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(runs.locked(folder))
-        runs.refuse_filled(folder)
+        stack.enter_context(run_folder.locked(folder))
+        run_folder.refuse_filled(folder)
         run.folder = folder
         given = {k: v for k, v in vars(args).items() if k not in ("resume", "eval_only", "dry_run")}
-        runs.write_json(folder / "config.json", {"flags": given, "versions": runs.versions()})
+        run_folder.write_json(
+            folder / "config.json", {"flags": given, "versions": run_folder.versions()}
+        )
     return run
 
 

@@ -12,7 +12,7 @@ import torch
 
 import dense
 import lora
-import oracle_ours
+from tools.oracle import ours
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
@@ -52,14 +52,14 @@ def lora_backward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed, grad)
 
 
 def logits(config, weights, adapters, batch):
-    model, _ = oracle_ours.build(config, weights, adapters)
+    model, _ = ours.build(config, weights, adapters)
     with torch.no_grad():
         return dense.logits(model.double(), batch)
 
 
 def gradients(config, weights, adapters, batches):
     """{full path: (A, dL/dA, B, dL/dB)} of the mean over all examples, through tests/dense.py."""
-    model, paths = oracle_ours.build(config, weights, adapters)
+    model, paths = ours.build(config, weights, adapters)
     layers, terms = lora.adapters(model.double()), []
     for batch in batches:
         p = dense.logits(model, batch).log_softmax(-1)

@@ -12,7 +12,7 @@ import pytest
 
 import compare
 import compare_report
-import flags as flags_module
+from support import flags as flags_module
 
 ROOT = Path(__file__).resolve().parents[1]
 ARM = '[[arms]]\nname = "{}"\nspace = "s"\nflags = "--r {}"\nlrs = [1e-3, 3e-3]\n{}\n'

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lora
-import state
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
 from faults import same
-from flags import parse_flags
+from support import run_state
+from support.flags import parse_flags
 from test_train import whole_and_interrupted
 
 TARGETS = ("q_proj", "fc1")
@@ -242,7 +242,7 @@ def test_once_per_optimizer_step_with_accumulation(tmp_path):
     results = []
     for groups in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]):
         flags = [*text.split(), "--delta-ratio", "2", "--delta-start", "-1"]
-        trained = state.set_up(parse_flags(flags))
+        trained = run_state.set_up(parse_flags(flags))
         trained.model.double()
         calls = []
         after = trained.delta.after_step
@@ -464,7 +464,7 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
     out = tmp_path / "run"
     assert train.main([*flags, "--out", str(out)]) == 0
     trained = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
-    fresh = state.set_up(parse_flags(flags))
+    fresh = run_state.set_up(parse_flags(flags))
     with safe_open(out / "adapter.safetensors", "pt") as file:
         about = json.loads(file.metadata()["adapters"])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

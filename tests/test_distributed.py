@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
-import flags
-import hetero
 import lora
-import runs
-import state
 import tiny
 import train
+from support import distributed, flags, hetero, run_folder, run_state
 
 METHODS = {
     "lora": "--preset lora --accumulate 2 --clip 0.5",
@@ -35,7 +31,7 @@ def argv(tmp_path):
 
 def two_epochs(argv):
     """A run in float64: what came of it."""
-    run, losses = state.set_up(flags.parse_flags(argv)), []
+    run, losses = run_state.set_up(flags.parse_flags(argv)), []
     run.model.double()
     for epoch in range(2):
         groups = train.epoch_steps(run, epoch)
@@ -100,7 +96,7 @@ def test_processes_that_would_disagree_agree(argv, tmp_path, monkeypatch):
         return {n: 1.0 + tilt * (-1) ** i for i, n in enumerate(lora.adapters(model))}
 
     def decide():
-        run = state.set_up(flags.parse_flags(argv))
+        run = run_state.set_up(flags.parse_flags(argv))
         train.allocate_now(run, lambda text: None)
         return run.plan.history[0]
 
@@ -111,7 +107,7 @@ def test_processes_that_would_disagree_agree(argv, tmp_path, monkeypatch):
 
 def test_each_process_draws_its_own_dropout(argv, tmp_path):
     def initial_seed():
-        state.set_up(flags.parse_flags([*argv, "--seed", "4"]))
+        run_state.set_up(flags.parse_flags([*argv, "--seed", "4"]))
         return torch.initial_seed()
 
     first, second = in_processes(initial_seed, 2, tmp_path)
@@ -130,10 +126,10 @@ def test_a_run_under_torchrun(argv, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("method ") == 1
-    stored, note = runs.load_checkpoint(out)
+    stored, note = run_folder.load_checkpoint(out)
     assert stored["position"]["step"] == 10 and note == ""
     assert len(stored["generators"]) == 2
-    assert [e["event"] for e in runs.read_log(out)].count("eval") == 2
+    assert [e["event"] for e in run_folder.read_log(out)].count("eval") == 2
     assert set(p.name for p in Path(out).iterdir()) == {
         *("config.json", "metrics.jsonl", "allocation.json", "adapter.safetensors", "lock"),
         *("checkpoint.pt", "checkpoint.previous.pt"),
@@ -143,8 +139,8 @@ def test_a_run_under_torchrun(argv, tmp_path):
 def test_another_number_of_processes_is_refused(argv, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*argv, "--epochs", "1", "--out", str(out)]) == 0
-    stored, _ = runs.load_checkpoint(out)
-    runs.save_checkpoint(out, {**stored, "generators": stored["generators"] * 2})
+    stored, _ = run_folder.load_checkpoint(out)
+    run_folder.save_checkpoint(out, {**stored, "generators": stored["generators"] * 2})
     assert train.main(["--resume", str(out)]) == 2
     assert "has 2 processes, this is 1: resume with as many" in capsys.readouterr().err
 

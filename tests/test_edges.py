@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import data
 import lora
-import runs
 import tiny
 import train
 from faults import outcome, same
 from model import load_pretrained
+from support import glue, hf_folder, run_folder, run_state
 
 ROOT = Path(train.__file__).parent
 
@@ -47,7 +45,7 @@ def test_one_example_and_a_batch_larger_than_the_data(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 training, 1 development examples" in printed
     assert "all development examples have one label: the metrics say little" in printed
-    assert runs.load_checkpoint(out)[0]["position"]["step"] == 2
+    assert run_folder.load_checkpoint(out)[0]["position"]["step"] == 2
 
 
 def test_one_label_only_is_refused(tmp_path, capsys):
@@ -79,10 +77,10 @@ def test_an_empty_text_has_a_token_to_read(tmp_path, family):
     else:
         (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
         (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = checkpoint.load_tokenizer(tmp_path, family, 90)
-    examples, cut = data.encode([(("", ""), 0), (("",), 1)], tokenizer, 8)
+    tokenizer = hf_folder.load_tokenizer(tmp_path, family, 90)
+    examples, cut = glue.encode([(("", ""), 0), (("",), 1)], tokenizer, 8)
     model = tiny.model(family, dtype=torch.float32)
-    batch = data.collate(examples, model.config.pad_token_id, model.config.type_vocab_size > 1)
+    batch = glue.collate(examples, model.config.pad_token_id, model.config.type_vocab_size > 1)
     logits = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert cut == 0 and logits.isfinite().all() and len(logits) == 2
 
@@ -152,7 +150,7 @@ def test_data_order_depends_on_the_seed_alone(tmp_path):
     orders = []
     for more in ([], ["--preset", "delta-lora"], ["--r", "3"], ["--lr", "1", "--targets", "fc1"]):
         args = train.flags.parse_flags(flags_of(model, task, tmp_path / "x", *more))
-        run = train.state.set_up(args)
+        run = run_state.set_up(args)
         orders.append([train.epoch_steps(run, epoch) for epoch in (0, 1)])
     assert all(order == orders[0] for order in orders) and orders[0][0] != orders[0][1]
 

@@ -6,9 +6,9 @@ import random
 import pytest
 
 import faults
-import runs
 import tiny
 import train
+from support import run_folder
 
 
 @pytest.mark.parametrize("name", faults.METHODS)
@@ -75,7 +75,7 @@ def test_killed_between_the_two_renames(finished):
 def test_two_runs_in_one_folder(finished, capsys):
     folder, argv = finished
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with runs.locked(folder):
+    with run_folder.locked(folder):
         assert train.main(["--resume", str(folder)]) == 2
         assert "another process is writing to the run folder" in capsys.readouterr().err
         assert train.main([*argv, "--out", str(folder)]) == 2
@@ -85,12 +85,12 @@ def test_two_runs_in_one_folder(finished, capsys):
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    runs.write_atomic(path, b"old")
+    run_folder.write_atomic(path, b"old")
 
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        runs.write_atomic(path, b"new")
+        run_folder.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import allocate
-import hetero
 import lora
-import runs
 import tiny
 import train
 from faults import same
-from flags import PRESETS, parse_flags
+from support import hetero, run_folder
+from support.flags import PRESETS, parse_flags
 from test_train import whole_and_interrupted
 
 
@@ -47,7 +46,7 @@ def test_dynamic_run_decides_on_schedule_and_within_budget(flags, tmp_path, caps
     assert printed.count("3 of 11 modules on, 144 parameters (all 528)") == 6
     assert "q_proj" in printed and "█" in printed and "·" in printed
     assert "for scoring" in printed and "--proxy uniform --budget-params 144" in printed
-    done = runs.read_log(out)[-1]
+    done = run_folder.read_log(out)[-1]
     assert done["trainable"]["adapters"] == 144 and done["score_seconds"] > 0
     for h in history(out):
         assert set(h["scores"]) == set(h["on"]) and all(v > 0 for v in h["scores"].values())
@@ -65,7 +64,7 @@ def test_choices_are_those_of_the_scores(flags, tmp_path):
     train.main([*flags, "--allocate", "static", "--rank", "apart", "--out", str(out)])
     (decision,) = history(out)
     assert on_set(decision) == allocate.keep_top(decision["scores"], 0.25, together=False)
-    parameters = runs.load_checkpoint(out)[0]["parameters"]
+    parameters = run_folder.load_checkpoint(out)[0]["parameters"]
     for name in decision["on"]:
         assert bool(parameters[f"{name}.lora_B"].any()) == (name in on_set(decision))
 
@@ -135,7 +134,7 @@ def test_eval_only_keeps_what_is_off_off(flags, tmp_path, capsys):
     run = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
     assert {n for n, a in lora.adapters(run.model).items() if a.enabled} == on_set(history(out)[-1])
     assert train.evaluate(run.model, run.task, run.dev) == {
-        k: runs.read_log(out)[-1][k] for k in ("accuracy", "f1")
+        k: run_folder.read_log(out)[-1][k] for k in ("accuracy", "f1")
     }
 
 
@@ -158,7 +157,7 @@ def test_a_score_that_is_not_finite_stops_the_run(flags, tmp_path, monkeypatch, 
     assert train.main([*flags, "--proxy", "snip", "--every", "0.2", "--out", str(out)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the snip score of layers." in error and "is nan" in error
-    assert runs.load_checkpoint(out) == (None, "")  # in its first epoch
+    assert run_folder.load_checkpoint(out) == (None, "")  # in its first epoch
 
 
 @pytest.mark.parametrize("proxy", ["random", "size", "constant", "grad_norm_slot"])
@@ -179,7 +178,7 @@ def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, caps
     costs = json.loads((out / "allocation.json").read_text())["costs"]
     spent = sum(costs[n] for n in on_set(decision))
     assert sorted(set(costs.values())) == [48, 64] and spent <= 200
-    assert runs.read_log(out)[-1]["trainable"]["adapters"] == spent
+    assert run_folder.read_log(out)[-1]["trainable"]["adapters"] == spent
     assert f"(budget 200, {200 - spent} left)" in capsys.readouterr().out
 
 
@@ -192,7 +191,7 @@ def test_ranks_within_a_budget(flags, tmp_path, how, monkeypatch):
     assert train.main([*flags, *extra, "--out", str(out)]) == 0
     (decision,) = history(out)
     ranks = {name: len(kept) for name, kept in decision["on"].items()}
-    assert 24 * sum(ranks.values()) == runs.read_log(out)[-1]["trainable"]["adapters"] <= 600
+    assert 24 * sum(ranks.values()) == run_folder.read_log(out)[-1]["trainable"]["adapters"] <= 600
     assert set(ranks.values()) == {2} if "uniform" in how else len(set(ranks.values())) > 2
     run = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
     for name, layer in lora.adapters(run.model).items():
@@ -202,7 +201,7 @@ def test_ranks_within_a_budget(flags, tmp_path, how, monkeypatch):
             assert layer.lora_A.shape == (ranks[name], 12) and layer.r == ranks[name]
     assert (
         train.evaluate(run.model, run.task, run.dev)["accuracy"]
-        == runs.read_log(out)[-1]["accuracy"]
+        == run_folder.read_log(out)[-1]["accuracy"]
     )
 
 
@@ -238,7 +237,7 @@ def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys
     command = printed[printed.index("python train.py --task") :].split()[2:]
     assert train.main([*command, "--out", str(tmp_path / "uniform")]) == 0
     budget = int(command[command.index("--budget-params") + 1])
-    spent = runs.read_log(tmp_path / "uniform")[-1]["trainable"]["adapters"]
+    spent = run_folder.read_log(tmp_path / "uniform")[-1]["trainable"]["adapters"]
     assert budget - 264 < spent <= budget  # one rank everywhere is 11 x 24 parameters
 
 

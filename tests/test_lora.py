@@ -6,8 +6,8 @@ from torch import nn
 
 import dense
 import lora
-import seeds
 import tiny
+from support import seeds
 
 
 def generic_layer(dropout=0.0):

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import dense_candidate
-import oracle
-import oracle_causes
-import oracle_ours
+from tools.oracle import __main__ as oracle
+from tools.oracle import causes, ours
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {content["name"]: (content, tensors) for content, tensors in oracle.read(GOLDEN)}
@@ -37,7 +36,7 @@ def oracle_kinds():
 def test_the_same_export_gives_the_same_bytes(tmp_path):
     """Twice on this machine; and the shipped files: inputs to the bit, results to rounding."""
     oracle.export(tmp_path / "a")
-    command = [sys.executable, oracle.__file__, "export", str(tmp_path / "b")]
+    command = [sys.executable, "-m", "tools.oracle", "export", str(tmp_path / "b")]
     environment = {**os.environ, "PYTHONHASHSEED": "9"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -71,7 +70,7 @@ def test_every_known_mistake_is_noticed_and_named():
         arguments = oracle.restore(content["arguments"], tensors, torch.float64)
         if content["expected"] == {"error": "ValueError"}:
             continue
-        mistakes = list(getattr(oracle_causes, function)(**arguments))
+        mistakes = list(getattr(causes, function)(**arguments))
         tolerance = content["tolerance"]["float64"]
         for cause, wrong in mistakes:
             known.add((function, cause))
@@ -89,16 +88,16 @@ def test_every_known_mistake_is_noticed_and_named():
 
 
 WRONG = """
-from oracle_ours import *
-import oracle_ours
+from tools.oracle.ours import *
+from tools.oracle import causes, ours
 
 def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
-    return oracle_ours.lora_forward(
+    return ours.lora_forward(
         x, weight, bias, lora_A, lora_B, lora_alpha * len(lora_A), transposed
     )
 
 def scores(proxy, **rest):
-    found = oracle_ours.scores(proxy, **rest)
+    found = ours.scores(proxy, **rest)
     return {n: 2 * v for n, v in found.items()} if proxy == "fisher" else found
 
 def within_budget(scores, costs, budget):
@@ -127,8 +126,8 @@ def test_command_line_on_a_wrong_candidate(tmp_path, capsys):
 
 
 def test_command_line_on_our_own_and_on_nonsense(tmp_path, capsys):
-    ours = Path(oracle_ours.__file__)
-    assert oracle.main(["check", str(GOLDEN), "--candidate", str(ours)]) == 0
+    candidate = Path(ours.__file__)
+    assert oracle.main(["check", str(GOLDEN), "--candidate", str(candidate)]) == 0
     total = sum(len(content["dtypes"]) for content, _ in CASES.values())
     assert f"{total} pass, 0 fail, 0 not offered" in capsys.readouterr().out
     assert len(oracle_kinds()) == 10
@@ -141,13 +140,13 @@ def test_command_line_on_our_own_and_on_nonsense(tmp_path, capsys):
     for folder, candidate, message in (
         (GOLDEN, broken, "cannot be imported"),
         (GOLDEN, tmp_path / "none.py", "is no Python file"),
-        (tmp_path, ours, "holds no cases"),
+        (tmp_path, Path(ours.__file__), "holds no cases"),
     ):
         assert oracle.main(["check", str(folder), "--candidate", str(candidate)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     (tmp_path / "x.json").write_text(json.dumps({"function": "merge"}))
-    assert oracle.main(["check", str(tmp_path), "--candidate", str(ours)]) == 2
+    assert oracle.main(["check", str(tmp_path), "--candidate", str(candidate)]) == 2
     assert "is not a case of the oracle" in capsys.readouterr().err
 
 

@@ -11,17 +11,16 @@ import safetensors.torch
 import torch
 
 import lora
-import peft_in
-import peft_io
-import peft_out
-import runs
 import tiny
 import train
+from support import run_folder
+from tools.peft import __main__ as peft_io
+from tools.peft import reading, writing
 
 
 def pairs_of(model):
     return {
-        n: peft_out.Pair(a.lora_A.detach(), a.lora_B.detach(), a.scaling)
+        n: writing.Pair(a.lora_A.detach(), a.lora_B.detach(), a.scaling)
         for n, a in lora.adapters(model).items()
     }
 
@@ -38,8 +37,8 @@ def folder(tmp_path):
     for i, layer in enumerate(lora.adapters(adapted).values()):
         layer.keep_ranks(list(range(1 + i % 3)))
     head = {f"classifier.{n}": p.detach() for n, p in adapted.classifier.named_parameters()}
-    config, tensors = peft_out.peft_files(pairs_of(adapted), head, "bert", "base")
-    peft_out.write_peft(tmp_path / "adapter", config, tensors)
+    config, tensors = writing.peft_files(pairs_of(adapted), head, "bert", "base")
+    writing.write_peft(tmp_path / "adapter", config, tensors)
     return tmp_path / "adapter"
 
 
@@ -56,17 +55,17 @@ def change_tensors(folder, change):
 
 
 def test_a_good_folder_comes_back_as_it_went(folder, model):
-    pairs, head = peft_in.read(folder, model)
+    pairs, head = reading.read(folder, model)
     source = tiny.adapted("bert", targets=("q_proj", "fc1"), dtype=torch.float32)
     for i, (name, layer) in enumerate(lora.adapters(source).items()):
         assert pairs[name].r == 1 + i % 3 and pairs[name].scaling == pytest.approx(5 / 3)
         assert torch.equal(pairs[name].lora_A, layer.lora_A[: 1 + i % 3])
     assert torch.equal(head["classifier.weight"], source.classifier.weight)
-    layers = peft_in.put(model, pairs, head)
+    layers = reading.put(model, pairs, head)
     batch = tiny.batch(model.config)
     dense = {n: p.scaling * p.lora_B.double() @ p.lora_A.double() for n, p in pairs.items()}
     for name, layer in layers.items():
-        assert peft_out.Pair(layer.lora_A, layer.lora_B, layer.scaling).norm() == pytest.approx(
+        assert writing.Pair(layer.lora_A, layer.lora_B, layer.scaling).norm() == pytest.approx(
             dense[name].norm().item()
         )
     reference = tiny.model("bert", dtype=torch.float64)
@@ -81,15 +80,15 @@ def test_the_same_content_gives_the_same_bytes(folder, tmp_path):
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), {}
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     backwards = dict(reversed(tensors.items()))
-    peft_out.write_peft(tmp_path / "again", dict(reversed(config.items())), backwards)
+    writing.write_peft(tmp_path / "again", dict(reversed(config.items())), backwards)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
 def test_padding_keeps_the_product(folder):
-    pairs = peft_in.read_folder(folder)[1]
-    fat = peft_out.padded(pairs)
+    pairs = reading.read_folder(folder)[1]
+    fat = writing.padded(pairs)
     for name, pair in pairs.items():
         assert fat[name].r == 3 and fat[name].scaling == 1
         expected = pair.scaling * pair.lora_B @ pair.lora_A
@@ -101,7 +100,7 @@ def test_gpt2_is_fused_exactly():
     layer = lora.adapters(model)["layers.1.v_proj"]
     layer.scaling = 0.3  # another scale than its neighbour's
     pairs = pairs_of(model)
-    fused = peft_out.fuse_gpt2(pairs)
+    fused = writing.fuse_gpt2(pairs)
     assert set(fused) == {f"layers.{i}.{p}" for i in range(3) for p in ("q_proj", "fc1")}
     whole = fused["layers.1.q_proj"]
     q, v = pairs["layers.1.q_proj"], pairs["layers.1.v_proj"]
@@ -115,7 +114,7 @@ def test_gpt2_is_fused_exactly():
     ("changes", "message"),
     [
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA', only 'LORA'"),
-        *[({field: True}, f"{field} = True is not supported") for field in peft_in.REFUSED],
+        *[({field: True}, f"{field} = True is not supported") for field in reading.REFUSED],
         ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base weights"),
         ({"r": 0}, "r is 0, expected a positive number"),
@@ -129,7 +128,7 @@ def test_gpt2_is_fused_exactly():
 def test_what_changes_the_function_is_refused_by_name(folder, model, changes, message):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        peft_in.read(folder, model)
+        reading.read(folder, model)
     with pytest.raises(ValueError, match=message):
         peft_io.inspect(folder)
 
@@ -166,7 +165,7 @@ def put(name, tensor):
 def test_tensors_that_disagree_with_the_config(folder, model, change, message, capsys):
     change_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
-        peft_in.read(folder, model)
+        reading.read(folder, model)
     only_the_model_tells = "classifier.bias" in message
     assert peft_io.main(["inspect", str(folder)]) == (0 if only_the_model_tells else 1)
     assert ("DISAGREES" in capsys.readouterr().out) != only_the_model_tells
@@ -184,7 +183,7 @@ def test_tensors_that_disagree_with_the_config(folder, model, change, message, c
 def test_config_that_disagrees_with_the_tensors(folder, model, changes, message):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        peft_in.read(folder, model)
+        reading.read(folder, model)
     assert not peft_io.inspect(folder)[1]
 
 
@@ -194,23 +193,23 @@ def test_modules_that_the_model_has_and_the_file_lacks(folder, model):
     change_tensors(folder, lambda tensors: [tensors.pop(name) for name in gone])
     change_config(folder, target_modules=["query", "intermediate.dense"])
     with pytest.raises(ValueError, match=r"layer.2.attention.self.query is a target and has no"):
-        peft_in.read(folder, model)
+        reading.read(folder, model)
     change_config(folder, exclude_modules=["layer.2.attention.self.query"])
-    assert len(peft_in.read(folder, model)[0]) == 5
+    assert len(reading.read(folder, model)[0]) == 5
 
 
 def test_a_folder_for_another_model(folder):
     with pytest.raises(ValueError, match="is no layer that we adapt in a opt model"):
-        peft_in.read(folder, tiny.model("opt"))
+        reading.read(folder, tiny.model("opt"))
     with pytest.raises(ValueError, match=r"delta W is \(12, 12\), the layer is \(24, 24\)"):
-        peft_in.read(folder, tiny.model("bert", hidden_size=24, embed_dim=24))
+        reading.read(folder, tiny.model("bert", hidden_size=24, embed_dim=24))
     with pytest.raises(ValueError, match=r"classifier.weight is \(3, 12\), the model's is \(5, 12"):
-        peft_in.read(folder, tiny.model("bert", num_labels=5))
+        reading.read(folder, tiny.model("bert", num_labels=5))
 
 
 def test_rslora_is_only_a_scale(folder, model):
     change_config(folder, use_rslora=True)
-    pairs, _ = peft_in.read(folder, model)
+    pairs, _ = reading.read(folder, model)
     assert pairs["layers.1.q_proj"].r == 3
     assert pairs["layers.1.q_proj"].scaling == pytest.approx(5 / 3**0.5)
 
@@ -221,13 +220,13 @@ def test_pattern_keys_match_as_pefts_do():
     hits = ["fc1", "11.fc1", "layers.11.fc1", path, f"^{path}", r"layers\.\d+\.fc1", ".*fc1"]
     misses = ["1.fc1", "layers.1.fc1", "fc", "^fc1", f"base_model.model.{path}"]
     for key in [*hits, "fc1|fc2", *misses]:
-        assert (peft_in.pattern_value({key: 7}, path, 0) == 7) == (key not in misses), key
+        assert (reading.pattern_value({key: 7}, path, 0) == 7) == (key not in misses), key
 
 
 def test_inspect_prints_the_table(folder, capsys):
     assert peft_io.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
-    pair = peft_in.read_folder(folder)[1]["bert.encoder.layer.1.attention.self.query"]
+    pair = reading.read_folder(folder)[1]["bert.encoder.layer.1.attention.self.query"]
     norm = (pair.scaling * pair.lora_B @ pair.lora_A).norm().item()
     (line,) = [x for x in out.splitlines() if "layer.1.attention.self.query" in x]
     assert line.split()[1:] == ["3", "5", "1.667", "72", f"{norm:.4g}"]
@@ -247,7 +246,7 @@ def test_command_line(tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
     given = ["--model", str(base), "--task", "mrpc", "--data-dir", str(task)]
     assert peft_io.main(["import", str(adapter), str(back), *given]) == 0
-    last = runs.read_log(run)[-1]
+    last = run_folder.read_log(run)[-1]
     metric = f"accuracy {last['accuracy']:.4f}, f1 {last['f1']:.4f}"
     assert f"4 modules, 192 parameters\n{metric}\n" in capsys.readouterr().out
     expected = safetensors.torch.load_file(run / "adapter.safetensors")
@@ -262,7 +261,7 @@ def test_command_line(tmp_path, capsys):
     assert "7 shortcuts are on, all zero: --drop-shortcuts" in capsys.readouterr().err
     assert not refused.exists()
     assert peft_io.main(["export", str(shortcuts), str(refused), "--drop-shortcuts"]) == 0
-    assert len(peft_in.read_folder(refused)[1]) == 4
+    assert len(reading.read_folder(refused)[1]) == 4
     assert peft_io.main(["inspect", str(tmp_path)]) == 2
     assert "is no PEFT adapter" in capsys.readouterr().err
 
@@ -275,4 +274,4 @@ def test_pickled_code_is_not_executed(folder, model):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": Evil()}, folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="is not a file of plain tensors"):
-        peft_in.read(folder, model)
+        reading.read(folder, model)

@@ -13,14 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import data
 import lora
-import peft_in
-import runs
 import tiny
-from flags import FLAGS, parse_flags
 from model import Config, load_pretrained
+from support import glue, hf_folder, run_folder
+from support.flags import FLAGS, parse_flags
+from tools.peft import reading
 
 FAST = settings(
     max_examples=60,
@@ -72,7 +70,7 @@ GOOD_TSV = (
 def test_tsv(tmp_path, changes):
     path = tmp_path / "train.tsv"
     path.write_bytes(changed(GOOD_TSV.encode(), changes))
-    examples, complaint = read(data.read_tsv, path, data.TASKS["mrpc"])
+    examples, complaint = read(glue.read_tsv, path, glue.TASKS["mrpc"])
     if complaint:
         assert str(path) in complaint
     else:
@@ -84,7 +82,7 @@ def test_tsv(tmp_path, changes):
 @FAST
 @given(text=st.text(max_size=12))
 def test_labels_of_regression(text):
-    value, complaint = read(data.read_label, text, data.TASKS["stsb"], "dev.tsv:7")
+    value, complaint = read(glue.read_label, text, glue.TASKS["stsb"], "dev.tsv:7")
     assert complaint.startswith("dev.tsv:7: label") if complaint else math.isfinite(value)
 
 
@@ -154,12 +152,12 @@ def test_overlapping_offsets_wrong_dtype_and_nan(tmp_path):
     path, two = tmp_path / "x.safetensors", {"a": torch.ones(4), "b": torch.zeros(4)}
     good = {"a": (0, 16), "b": (16, 32)}
     path.write_bytes(header(two, good))
-    assert read(checkpoint.read_file, path)[0]["b"].sum() == 0
+    assert read(hf_folder.read_file, path)[0]["b"].sum() == 0
     for offsets in ({"a": (0, 16), "b": (8, 24)}, {"a": (0, 16), "b": (0, 16)}):
         path.write_bytes(header(two, offsets))
-        assert "is not a readable safetensors file" in read(checkpoint.read_file, path)[1]
+        assert "is not a readable safetensors file" in read(hf_folder.read_file, path)[1]
     path.write_bytes(header(two, good, "F64"))
-    assert "is not a readable safetensors file" in read(checkpoint.read_file, path)[1]
+    assert "is not a readable safetensors file" in read(hf_folder.read_file, path)[1]
     for value, message in ((torch.ones(90, 12).long(), "torch.int64"), (math.nan, "finite")):
         tensors = tiny.bert_tensors()
         name = "bert.embeddings.word_embeddings.weight"
@@ -175,7 +173,7 @@ def test_vocab_txt(tmp_path, changes):
     folder = tiny.bert_folder(tmp_path / "model")
     path = folder / "vocab.txt"
     path.write_bytes(changed(path.read_bytes(), changes))
-    tokenizer, _ = read(checkpoint.load_tokenizer, folder, "bert", 90)
+    tokenizer, _ = read(hf_folder.load_tokenizer, folder, "bert", 90)
     if tokenizer:
         ids = tokenizer.encode("some words", "and more").ids
         assert len(ids) >= 3 and all(0 <= i < 90 for i in ids)
@@ -187,9 +185,9 @@ def test_tokenizer_json(tmp_path, changes):
     folder = tiny.bert_folder(tmp_path / "model")
     path = folder / "tokenizer.json"
     path.unlink(missing_ok=True)  # of the example before
-    good = checkpoint.load_tokenizer(folder, "bert", 90).to_str()
+    good = hf_folder.load_tokenizer(folder, "bert", 90).to_str()
     path.write_bytes(changed(good.encode(), changes))
-    tokenizer, _ = read(checkpoint.load_tokenizer, folder, "bert", 90)
+    tokenizer, _ = read(hf_folder.load_tokenizer, folder, "bert", 90)
     if tokenizer:
         assert all(0 <= i < 90 for i in tokenizer.encode("some words", "and more").ids)
 
@@ -198,12 +196,12 @@ def test_tokenizer_json(tmp_path, changes):
 @given(changes=CHANGES)
 def test_checkpoints_are_whole_or_refused(tmp_path, changes):
     state = {"position": {"step": 3}, "parameters": {"a": torch.arange(9.0)}}
-    runs.save_checkpoint(tmp_path, state)
+    run_folder.save_checkpoint(tmp_path, state)
     path = tmp_path / "checkpoint.pt"
     good = path.read_bytes()
     bad = changed(good, changes)
     path.write_bytes(bad)
-    loaded, complaint = read(runs.read_checkpoint, path)
+    loaded, complaint = read(run_folder.read_checkpoint, path)
     assert (complaint is None) == (bad == good)
     if loaded:
         assert torch.equal(loaded["parameters"]["a"], torch.arange(9.0))
@@ -221,7 +219,7 @@ def test_flags_of_a_run(tmp_path, changes, fields):
     (tmp_path / "config.json").write_bytes(changed(text, changes))
     args, _ = read(parse_flags, ["--resume", str(tmp_path)])
     if args:
-        assert args.task in data.TASKS and args.r >= 1 and 0 <= args.lora_dropout < 1
+        assert args.task in glue.TASKS and args.r >= 1 and 0 <= args.lora_dropout < 1
         assert set(args.targets) <= set(lora.LINEARS)
         assert not changes or isinstance(args.seed, int)
 
@@ -257,7 +255,7 @@ def test_adapter_config(tmp_path, fields):
     tensors = {f"{query}.lora_A.weight": torch.ones(2, 12)}
     tensors[f"{query}.lora_B.weight"] = torch.ones(12, 2)
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    loaded, _ = read(peft_in.read, tmp_path, MODEL)
+    loaded, _ = read(reading.read, tmp_path, MODEL)
     if loaded:
         for pair in loaded[0].values():
             assert pair.r == 2 and math.isfinite(pair.scaling) and pair.scaling > 0

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 import lora
-import report
-import runs
-import state
 import tiny
 import train
 from faults import same
-from flags import parse_flags as flags_of
+from support import report, run_folder, run_state
+from support.flags import parse_flags as flags_of
 
 
 @pytest.fixture
@@ -29,11 +27,11 @@ def flags(tmp_path):
 
 
 def weights(folder):
-    return runs.load_checkpoint(folder)[0]
+    return run_folder.load_checkpoint(folder)[0]
 
 
 def events(folder):
-    lines = runs.read_log(folder)
+    lines = run_folder.read_log(folder)
     return [{k: v for k, v in e.items() if not k.endswith("seconds")} for e in lines]
 
 
@@ -69,7 +67,7 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     assert "final       accuracy" in printed and str(out) in printed
     # 2 layers x q, v x r 2 x (12 + 12); the head 12 x 2 + 2
     assert "192 in adapters + 26 in the head" in printed
-    log = runs.read_log(out)
+    log = run_folder.read_log(out)
     kinds = [e["event"] for e in log]
     assert kinds.count("train") == 2 * 5 and kinds.count("eval") == 2 and kinds[-1] == "done"
     assert log[-1]["trainable"] == {"adapters": 192, "head": 26}
@@ -134,7 +132,7 @@ def test_eval_only_prints_the_metric_of_the_run(flags, tmp_path, capsys):
     capsys.readouterr()
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert train.main(["--eval-only", "--resume", str(out)]) == 0
-    last = runs.read_log(out)[-1]
+    last = run_folder.read_log(out)[-1]
     assert report.show({k: last[k] for k in ("accuracy", "f1")}) in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
@@ -145,7 +143,7 @@ def test_resuming_a_finished_run_prints_its_result_again(flags, tmp_path, capsys
     first = capsys.readouterr().out.split("method")[1]
     assert train.main(["--resume", str(out)]) == 0
     assert capsys.readouterr().out.split("method")[1] == first
-    assert [e["event"] for e in runs.read_log(out)].count("done") == 1
+    assert [e["event"] for e in run_folder.read_log(out)].count("done") == 1
 
 
 def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):
@@ -162,7 +160,7 @@ def test_head_alone(flags, tmp_path, capsys):
 
 
 def test_frozen_weights_do_not_move(flags, tmp_path):
-    run = state.set_up(flags_of(flags))
+    run = run_state.set_up(flags_of(flags))
     before = {n: p.clone() for n, p in run.model.named_parameters()}
     for group in train.epoch_steps(run, 0):
         train.train_step(run, group, 0.1)
@@ -174,7 +172,7 @@ def test_accumulation_equals_one_large_batch(flags):
     """Unequal batches weigh by their examples: the step is that of the mean over all of them."""
     results = []
     for groups in ([[0, 1, 2, 3, 4], [5, 6]], [[0, 1, 2, 3, 4, 5, 6]]):
-        run = state.set_up(flags_of([*flags, "--clip", "0.05"]))
+        run = run_state.set_up(flags_of([*flags, "--clip", "0.05"]))
         run.model.double()
         loss = train.train_step(run, groups, 0.1)
         results.append((loss, lora.trainable(run.model)))
@@ -185,7 +183,7 @@ def test_accumulation_equals_one_large_batch(flags):
 
 def test_clipping_bounds_the_gradient(flags, monkeypatch):
     """With plain SGD of rate 1, the step is as long as the clipped gradient."""
-    run = state.set_up(flags_of([*flags, "--clip", "0.01"]))
+    run = run_state.set_up(flags_of([*flags, "--clip", "0.01"]))
     run.optimizer = torch.optim.SGD(lora.trainable(run.model).values(), lr=1.0)
     before = {n: p.detach().clone() for n, p in lora.trainable(run.model).items()}
     train.train_step(run, [[0, 1, 2]], 1.0)
@@ -267,7 +265,7 @@ def test_importing_is_silent():
     import subprocess
     import sys
 
-    code = "import train, lora, model, data, checkpoint, download, runs, seeds"
+    code = "import train, support.flags, support.hf_folder, support.download"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=train.Path(train.__file__).parent, capture_output=True
     )
@@ -276,7 +274,7 @@ def test_importing_is_silent():
 
 def test_adapters_are_what_the_flags_say(flags):
     args = flags_of([*flags, "--targets", "fc2,k_proj", "--lora-alpha", "3"])
-    run = state.set_up(args)
+    run = run_state.set_up(args)
     layers = lora.adapters(run.model)
     assert list(layers) == [f"layers.{i}.{p}" for i in (0, 1) for p in ("k_proj", "fc2")]
     assert all(a.scaling == 1.5 and a.r == 2 for a in layers.values())

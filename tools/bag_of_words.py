@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
+from support import glue
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -66,8 +66,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="as in train.py")
     args = parser.parse_args(argv)
     try:
-        train, dev = data.load_task(args.task, args.data_dir)
-        if data.TASKS[args.task].num_labels != 2:
+        train, dev = glue.load_task(args.task, args.data_dir)
+        if glue.TASKS[args.task].num_labels != 2:
             raise ValueError(f"{args.task} does not have two classes")
     except (ValueError, OSError) as error:
         print(f"bag_of_words.py: {error}", file=sys.stderr)
@@ -83,7 +83,7 @@ def main(argv=None):
 
     penalty = max(PENALTIES, key=on_held_out)
     predictions = fit(x, y, penalty)(features(dev, vocabulary))
-    metrics = data.metrics(data.TASKS[args.task], predictions, [label for _, label in dev])
+    metrics = glue.metrics(glue.TASKS[args.task], predictions, [label for _, label in dev])
     print(
         ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"(penalty {penalty})"
     )

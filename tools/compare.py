@@ -41,8 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 import compare_report
-import data
-import runs
+from support import glue, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 3)]  # half a decade apart
@@ -229,7 +228,7 @@ def split_training_set(folder, target, pairs, seed):
     random.Random(seed).shuffle(rows)
     target.mkdir(parents=True, exist_ok=True)
     for name, part in (("dev.tsv", rows[:pairs]), ("train.tsv", rows[pairs:])):
-        runs.write_atomic(target / name, b"\n".join([header, *part]) + b"\n")
+        run_folder.write_atomic(target / name, b"\n".join([header, *part]) + b"\n")
 
 
 def folder_of(study, run, flags, work):
@@ -255,7 +254,7 @@ def start(study, run, flags, folder, data_dir):
 
 def line_of(study, arm, run, folder):
     """The line of a finished run, or None if it is not finished."""
-    log = runs.read_log(folder)
+    log = run_folder.read_log(folder)
     done = [event for event in log if event["event"] == "done"]
     if not done:
         return None
@@ -316,12 +315,12 @@ def run_study(study, results, work, data_dir, jobs):
         ValueError, OSError, RuntimeError: see read_study, check_lines; a run that failed.
         KeyboardInterrupt: after the runs under way have saved themselves.
     """
-    source = data.task_folder(study.task, data_dir)
+    source = glue.task_folder(study.task, data_dir)
     split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
     folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
     lines = compare_report.read_results(results, mend=True)
     check_lines(study, lines, results)
-    labels, note = data.load_test(study.task, data_dir)
+    labels, note = glue.load_test(study.task, data_dir)
     if labels is None:
         raise ValueError(f"a study needs a test set with labels: {note}")
     labels = "".join(str(label) for _, label in labels)
@@ -409,7 +408,7 @@ def main(argv=None):
         work = args.work or ROOT / "runs" / f"study-{study.name}"
         work.mkdir(parents=True, exist_ok=True)
         results.parent.mkdir(parents=True, exist_ok=True)
-        with runs.locked(work):
+        with run_folder.locked(work):
             run_study(study, results, work, args.data_dir, args.jobs)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"compare.py: {error}", file=sys.stderr)

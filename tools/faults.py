@@ -29,9 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
-import runs
 import train
+from support import glue, run_folder
 
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
@@ -141,8 +140,8 @@ def outcome(folder):
     """What a finished run consists of."""
     allocation = folder / "allocation.json"
     return {
-        "checkpoint": runs.load_checkpoint(folder)[0],
-        "log": runs.read_log(folder),
+        "checkpoint": run_folder.load_checkpoint(folder)[0],
+        "log": run_folder.read_log(folder),
         "decisions": json.loads(allocation.read_text()) if allocation.is_file() else None,
         "adapter": (folder / "adapter.safetensors").read_bytes(),
     }
@@ -155,7 +154,7 @@ def small_task(folder, train=40, dev=24):
     """The first pairs of the embedded task, as a folder of TSVs."""
     folder.mkdir()
     for name, rows in (("train.tsv", train), ("dev.tsv", dev)):
-        lines = (data.EMBEDDED / name).read_text(encoding="utf-8").splitlines()[: rows + 1]
+        lines = (glue.EMBEDDED / name).read_text(encoding="utf-8").splitlines()[: rows + 1]
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -232,7 +231,7 @@ def method(name, folder, argv, kills, rng):
         bad += not equal
         verdict = "same bits" if equal else "DIFFERS"
         print(f"{name:<11} {'checkpoint ' + how:<51} {verdict}")
-    with runs.locked(folder / "reference"):
+    with run_folder.locked(folder / "reference"):
         second = run(["--resume", str(folder / "reference")])
     refused = second.returncode == 2 and "another process is writing" in second.stderr
     bad += not refused

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import peft_candidate
-
-import oracle
+from tools.oracle import __main__ as oracle
 
 
 def test_peft_passes():

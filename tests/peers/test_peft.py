@@ -1,12 +1,12 @@
 """lora.py against PEFT: the same A and B, then the same training."""
 
-import peft
 import pytest
 import torch
 
-import checkpoint
 import lora
+import peft
 import tiny
+from support import hf_folder
 
 TARGETS = {
     "bert": ["query", "value", "intermediate.dense"],
@@ -25,7 +25,7 @@ def peft_pair(pair, family):
     modules = dict(peer.named_modules())
     matched = {}
     for name, layer in adapters.items():
-        path = checkpoint.hf_module(family, name)
+        path = hf_folder.hf_module(family, name)
         (theirs,) = [m for n, m in modules.items() if n.endswith(path) and hasattr(m, "lora_A")]
         theirs.lora_A.default.weight.data.copy_(layer.lora_A)
         theirs.lora_B.default.weight.data.copy_(layer.lora_B)

@@ -1,14 +1,14 @@
 """Delta-LoRA against PEFT, which does not have it: a whole run from step 0 is LoRA with alpha' = (1
 + lambda) alpha."""
 
-import peft
 import pytest
 import torch
 
-import checkpoint
 import lora
+import peft
 import tiny
 from delta_lora import DeltaLoRA
+from support import hf_folder
 
 RATIO = 1.5
 TARGETS = {"bert": ["query", "value"], "opt": ["q_proj", "v_proj"]}
@@ -26,7 +26,7 @@ def test_a_run_from_step_0_loss_by_loss(pair, family):
     peer = peft.get_peft_model(peer, config).double()
     modules = dict(peer.named_modules())
     for name, layer in adapters.items():
-        path = checkpoint.hf_module(family, name)
+        path = hf_folder.hf_module(family, name)
         (theirs,) = [m for n, m in modules.items() if n.endswith(path) and hasattr(m, "lora_A")]
         theirs.lora_A.default.weight.data.copy_(layer.lora_A)
     optimizers = []
@@ -57,9 +57,8 @@ def test_a_run_from_step_0_loss_by_loss(pair, family):
 
 def test_identities_on_minilm_after_fifty_real_steps():
     """float64, MiniLM, the embedded task: telescoping, rank, export, after 50 steps of AdamW."""
-    import data
-    import seeds
     from model import load_pretrained
+    from support import glue, seeds
 
     model, tokenizer = load_pretrained("minilm")
     adapters = lora.inject(model, ("q_proj", "v_proj"), r=8, lora_alpha=16)
@@ -68,10 +67,10 @@ def test_identities_on_minilm_after_fifty_real_steps():
     w0 = {n: a.base.weight.detach().clone() for n, a in adapters.items()}
     delta = DeltaLoRA(model, ratio=2.0, start=10)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    train, _ = data.encode(data.load_task("paraphrase")[0], tokenizer, 128)
-    batches = data.grouped_by_length(train, 8, seeds.generator(0, "order/0"))
+    train, _ = glue.encode(glue.load_task("paraphrase")[0], tokenizer, 128)
+    batches = glue.grouped_by_length(train, 8, seeds.generator(0, "order/0"))
     for step in range(50):
-        model(**data.collate([train[i] for i in batches[step]], 0, True)).loss.backward()
+        model(**glue.collate([train[i] for i in batches[step]], 0, True)).loss.backward()
         delta.before_step()
         optimizer.step()
         delta.after_step()

@@ -4,19 +4,18 @@ logit."""
 import json
 from contextlib import ExitStack
 
-import peft
 import pytest
 import torch
 import transformers
-from peer_models import build_pair
 
 import lora
-import peft_in
-import peft_io
-import peft_out
+import peft
 import tiny
 import train
-from flags import parse_flags
+from peer_models import build_pair
+from support.flags import parse_flags
+from tools.peft import __main__ as peft_io
+from tools.peft import reading, writing
 
 FAMILIES = ["bert", "roberta", "opt", "opt-350m", "gpt2"]
 KINDS = {
@@ -63,14 +62,14 @@ def test_a_run_loads_into_peft(tmp_path, family, kind):
     assert (expected - plain).abs().max() > 1e-3  # the adapter does something
     for pad in (False, True):
         folder = tmp_path / f"adapter-{pad}"
-        config = peft_out.export(out, folder, pad=pad)
+        config = writing.export(out, folder, pad=pad)
         assert bool(config["rank_pattern"]) == (kind == "per rank" and not pad) or family == "gpt2"
         lines, agree = peft_io.inspect(folder)
         assert agree, lines
         peer = peft.PeftModel.from_pretrained(stock(base), folder)
         torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=1e-6)
         fresh, _ = peft_io.load_pretrained(str(base), num_labels=2)
-        peft_in.put(fresh, *peft_in.read(folder, fresh))
+        reading.put(fresh, *reading.read(folder, fresh))
         torch.testing.assert_close(logits(fresh, run), expected, rtol=0, atol=1e-6)
     if kind == "delta":
         assert config["r"] == (6 if family != "gpt2" else 12)  # r 3, doubled; GPT-2: q and v
@@ -114,8 +113,8 @@ def test_an_adapter_of_peft_loads_into_ours(tmp_path, family, head, kind):
     peer = peft.get_peft_model(peer, config).double().eval()
     tiny.randomise([p for p in peer.parameters() if p.requires_grad], 2)
     peer.save_pretrained(tmp_path / "adapter")
-    pairs, parameters = peft_in.read(tmp_path / "adapter", ours)
-    layers = peft_in.put(ours, pairs, parameters)
+    pairs, parameters = reading.read(tmp_path / "adapter", ours)
+    layers = reading.put(ours, pairs, parameters)
     batch = tiny.batch(ours.config)
     real = batch["attention_mask"].bool() if head == "lm" else slice(None)
     with torch.no_grad():  # the file is in float32 where the peer's model was not
@@ -133,8 +132,8 @@ def test_shortcuts_live_in_a_prepared_model(tmp_path, family):
     base, out, run = finished_run(tmp_path, family, flags)
     folder = tmp_path / "adapter"
     with pytest.raises(ValueError, match=r"11 shortcuts are on .* a stock model has no place"):
-        peft_out.export(out, folder)
-    config = peft_out.export(out, folder, keep_shortcuts=True)
+        writing.export(out, folder)
+    config = writing.export(out, folder, keep_shortcuts=True)
     places = [p for p in config["target_modules"] if "residual" in p or "shortcut" in p]
     assert len(places) == 11
     peer = stock(base)
@@ -150,7 +149,7 @@ def test_shortcuts_live_in_a_prepared_model(tmp_path, family):
 def test_transformers_own_loader(tmp_path):
     """model.load_adapter reads the same folder, head included."""
     base, out, run = finished_run(tmp_path, "opt", KINDS["heterogeneous"])
-    peft_out.export(out, tmp_path / "adapter")
+    writing.export(out, tmp_path / "adapter")
     model = stock(base)
     model.load_adapter(str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(model, run), logits(run.model, run), rtol=0, atol=1e-6)

@@ -3,14 +3,12 @@
 import pytest
 import torch
 import transformers
-from peer_models import write_tokenizer
 
-import checkpoint
-import data
-import download
 import lora
 import tiny
 from model import load_pretrained
+from peer_models import write_tokenizer
+from support import download, glue, hf_folder
 
 CASES = [(f, "classification") for f in tiny.FAMILIES] + [
     ("opt", "lm"),
@@ -22,7 +20,7 @@ SHAPES = [(9, 4, 6), (5,), (7, 7), (2, 31, 1 + 1)]
 
 def peer_gradient(peer, family, name):
     """The gradient of transformers' weight that is our `name`, as (out, in)."""
-    module = checkpoint.hf_module(family, name)
+    module = hf_folder.hf_module(family, name)
     parameters = dict(peer.named_parameters())
     (full,) = [n for n in parameters if n.endswith(f"{module}.weight")]
     gradient = parameters[full].grad
@@ -81,9 +79,9 @@ def test_minilm_on_its_real_weights():
     with torch.no_grad():
         peer.classifier.weight.copy_(ours.classifier.weight)
         peer.classifier.bias.copy_(ours.classifier.bias)
-    train, _ = data.load_task("paraphrase")
-    encoded, _ = data.encode(train[:16], tokenizer, 128)
-    batch = data.collate(encoded, 0, True)
+    train, _ = glue.load_task("paraphrase")
+    encoded, _ = glue.encode(train[:16], tokenizer, 128)
+    batch = glue.collate(encoded, 0, True)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         got, expected = ours.to(dtype)(**batch), peer.to(dtype)(**batch)
         torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=tolerance)
@@ -104,7 +102,7 @@ TEXTS = [
 def test_pairs_are_encoded_token_for_token(tmp_path, family, max_length):
     """Special tokens, types and truncation, on the files that both read."""
     write_tokenizer(tmp_path, family)
-    ours = checkpoint.load_tokenizer(tmp_path, family, 90)
+    ours = hf_folder.load_tokenizer(tmp_path, family, 90)
     if family == "bert":
         peer = transformers.BertTokenizer.from_pretrained(tmp_path)
     elif family == "roberta":
@@ -115,7 +113,7 @@ def test_pairs_are_encoded_token_for_token(tmp_path, family, max_length):
         peer = transformers.GPT2Tokenizer.from_pretrained(
             tmp_path, bos_token=end, eos_token=end, unk_token=end, add_bos_token=opt
         )
-    encoded, _ = data.encode([(texts, 0) for texts in TEXTS], ours, max_length)
+    encoded, _ = glue.encode([(texts, 0) for texts in TEXTS], ours, max_length)
     for texts, example in zip(TEXTS, encoded, strict=True):
         expected = peer(*texts, truncation="longest_first", max_length=max_length)
         assert example["input_ids"] == expected["input_ids"]
@@ -126,9 +124,9 @@ def test_pairs_are_encoded_token_for_token(tmp_path, family, max_length):
 def test_minilm_tokens_on_real_text():
     folder = download.model_folder("minilm")
     peer = transformers.AutoTokenizer.from_pretrained(folder)
-    train, dev = data.load_task("paraphrase")
-    ours = checkpoint.load_tokenizer(folder, "bert", 30522)
-    encoded, cut = data.encode(train + dev, ours, 24)
+    train, dev = glue.load_task("paraphrase")
+    ours = hf_folder.load_tokenizer(folder, "bert", 30522)
+    encoded, cut = glue.encode(train + dev, ours, 24)
     assert cut > 100  # some are long enough to be truncated
     for (texts, _), example in zip(train + dev, encoded, strict=True):
         expected = peer(*texts, truncation="longest_first", max_length=24)

@@ -12,16 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 
+import peft
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import checkpoint
-import data
-import download
-import seeds
+from support import download, glue, hf_folder, seeds
 
 
 def main():
@@ -34,10 +32,10 @@ def main():
     parser.add_argument("--lora-alpha", type=float, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    task, folder = data.TASKS[args.task], download.model_folder("minilm")
-    tokenizer = checkpoint.load_tokenizer(folder, "bert", 30522)
+    task, folder = glue.TASKS[args.task], download.model_folder("minilm")
+    tokenizer = hf_folder.load_tokenizer(folder, "bert", 30522)
     train, dev = (
-        data.encode(split, tokenizer, 128)[0] for split in data.load_task(args.task, args.data_dir)
+        glue.encode(split, tokenizer, 128)[0] for split in glue.load_task(args.task, args.data_dir)
     )
     torch.manual_seed(args.seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -54,17 +52,17 @@ def main():
     for epoch in range(args.epochs):
         model.train()
         rng = seeds.generator(args.seed, f"order/{epoch}")
-        for indices in data.grouped_by_length(train, args.batch_size, rng):
-            model(**data.collate([train[i] for i in indices], 0, True)).loss.backward()
+        for indices in glue.grouped_by_length(train, args.batch_size, rng):
+            model(**glue.collate([train[i] for i in indices], 0, True)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         model.eval()
         predictions = []
         with torch.inference_mode():
-            for indices in data.in_order(dev, 64):
-                batch = data.collate([dev[i] for i in indices], 0, True)
+            for indices in glue.in_order(dev, 64):
+                batch = glue.collate([dev[i] for i in indices], 0, True)
                 predictions += model(**batch).logits.argmax(-1).tolist()
-        metrics = data.metrics(task, predictions, [e["label"] for e in dev])
+        metrics = glue.metrics(task, predictions, [e["label"] for e in dev])
         print(f"epoch {epoch + 1}: {metrics}, {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -18,48 +18,43 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import data
 import lora
-import peft_in
-import peft_out
-import report
-import runs
 import train
 from model import load_pretrained
+from support import glue, report, run_folder
+from tools.peft import reading, writing
 
 
 def import_(folder, out, model_name, task=None, data_dir=None, num_labels=2):
     """A PEFT folder -> OUT/adapter.safetensors; the text to print.
 
     Raises:
-        ValueError, OSError: see peft_in.read; OUT is not empty; see data.load_task.
+        ValueError, OSError: see reading.read; OUT is not empty; see glue.load_task.
     """
     out = Path(out)
     if out.is_dir():
-        runs.refuse_filled(out)
-    labels = data.TASKS[task].num_labels if task else num_labels
+        run_folder.refuse_filled(out)
+    labels = glue.TASKS[task].num_labels if task else num_labels
     model, tokenizer = load_pretrained(model_name, num_labels=labels)
-    pairs, head = peft_in.read(folder, model)
-    layers = peft_in.put(model, pairs, head)
+    pairs, head = reading.read(folder, model)
+    layers = reading.put(model, pairs, head)
     total = sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs.values())
     found = f"{len(pairs)} modules, {total:,} parameters"
     if task:
-        _, dev = data.load_task(task, data_dir)
-        examples, _ = data.encode(dev, tokenizer, min(128, model.config.max_positions))
-        found += "\n" + report.show(train.evaluate(model, data.TASKS[task], examples))
+        _, dev = glue.load_task(task, data_dir)
+        examples, _ = glue.encode(dev, tokenizer, min(128, model.config.max_positions))
+        found += "\n" + report.show(train.evaluate(model, glue.TASKS[task], examples))
     out.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
     tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
     about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}
-    runs.save_adapter(out, tensors, about)
+    run_folder.save_adapter(out, tensors, about)
     return f"{found}\n{out / 'adapter.safetensors'}"
 
 
 def inspect(folder):
     """(lines of a table, whether config and tensors agree) of a PEFT folder."""
-    config, pairs, head, problems = peft_in.read_folder(folder)
+    config, pairs, head, problems = reading.read_folder(folder)
     width = max((len(name) for name in pairs), default=6)
     lines = [f"{'module':<{width}} {'r':>4} {'alpha':>8} {'scale':>8} {'params':>9} {'|dW|_F':>10}"]
     for name, pair in sorted(pairs.items()):
@@ -157,7 +152,7 @@ def main(argv=None):
     into.add_argument("folder", type=Path)
     into.add_argument("out", type=Path)
     into.add_argument("--model", default="minilm", help="as of train.py (default: minilm)")
-    into.add_argument("--task", choices=list(data.TASKS), help="evaluate on this task too")
+    into.add_argument("--task", choices=list(glue.TASKS), help="evaluate on this task too")
     into.add_argument("--data-dir")
     into.add_argument("--num-labels", type=int, default=2, help="without --task (default: 2)")
     look = commands.add_parser("inspect", help="a table; exit code 1 on a disagreement")
@@ -165,7 +160,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
     try:
         if a.command == "export":
-            peft_out.export(a.run, a.folder, a.pad, a.drop_shortcuts, a.keep_shortcuts)
+            writing.export(a.run, a.folder, a.pad, a.drop_shortcuts, a.keep_shortcuts)
             print("\n".join([*inspect(a.folder)[0], str(a.folder)]))
         elif a.command == "import":
             print(import_(a.folder, a.out, a.model, a.task, a.data_dir, a.num_labels))

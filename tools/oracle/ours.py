@@ -11,21 +11,17 @@ What this file does not do: compare (oracle.py), choose inputs (oracle_cases.py)
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import allocate
-import checkpoint
 import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import Config, Transformer
-from peft_out import full_path
+from support import hf_folder
+from tools.peft.writing import full_path
 
 # ----------------------------------------------------------------------------------- one LoRA layer
 
@@ -70,7 +66,7 @@ def build(config, weights, adapters):
     c = Config.from_hf(config, num_labels=config["num_labels"])
     with torch.device("meta"):
         model = Transformer(c)
-    state, _ = checkpoint.convert(weights, c, model.state_dict(), model.head)
+    state, _ = hf_folder.convert(weights, c, model.state_dict(), model.head)
     model.load_state_dict(state, assign=True)
     model.to(next(iter(weights.values())).dtype)
     paths = {}

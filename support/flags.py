@@ -12,10 +12,9 @@ import math
 import types
 
 import allocate
-import data
 import lora
 import proxies
-import runs
+from support import glue, run_folder
 
 # -------------------------------------------------------------------------------------------- flags
 
@@ -72,7 +71,7 @@ def names(*allowed):
 
 
 FLAGS = {  # name: (type, default, help)
-    "task": (one_of(*data.TASKS), "paraphrase", f"one of {', '.join(data.TASKS)}"),
+    "task": (one_of(*glue.TASKS), "paraphrase", f"one of {', '.join(glue.TASKS)}"),
     "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
     "model": (str, "minilm", "minilm, a folder in Hugging Face layout, or a hub id"),
     "targets": (
@@ -223,7 +222,7 @@ def parse_flags(argv):
 def stored_flags(folder):
     """The flags of a run, each as the command line would take it; ValueError names the one that
     is wrong."""
-    stored, args = runs.read_config(folder), {}
+    stored, args = run_folder.read_config(folder), {}
     for name, (kind, default, _) in FLAGS.items():
         key = name.replace("-", "_")
         value = args[key] = stored.get(key, default)

@@ -11,16 +11,13 @@ folder: refused by name. Pickled code is never executed.
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import checkpoint
 import lora
-from peft_out import HEADS, ROOT, Pair, full_path
+from support import hf_folder
+from tools.peft.writing import HEADS, ROOT, Pair, full_path
 
 REFUSED = (  # each changes the function that is computed
     "use_dora",
@@ -136,14 +133,14 @@ def read_folder(folder):
     where = folder / "adapter_config.json"
     if not where.is_file():
         raise FileNotFoundError(f"{folder} is no PEFT adapter: it has no adapter_config.json")
-    config = checkpoint.read_json(where)
+    config = hf_folder.read_json(where)
     refuse_config(config, where)
     refuse_malformed(config, where)
     files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     path = next((p for p in files if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no adapter_model.safetensors")
-    factors, head, problems = sort_tensors(checkpoint.read_file(path))
+    factors, head, problems = sort_tensors(hf_folder.read_file(path))
     pairs, targets = {}, config["target_modules"]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for module, pair in factors.items():

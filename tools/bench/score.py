@@ -11,24 +11,18 @@ What this file does not do: judge which choice trains better (tools/compare.py).
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import allocate
-import flags
 import lora
 import proxies
-import runs
-import seeds
-import state
-import timing
 import train
+from support import flags, run_folder, run_state, seeds
+from tools.bench import timing
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 EVERY = 0.5  # epochs between two decisions of the "agreement" runs
@@ -49,7 +43,7 @@ def share_in_a_run(argv):
         quiet = contextlib.redirect_stdout(io.StringIO())
         with quiet, contextlib.redirect_stderr(io.StringIO()):
             train.main([*argv, "--epochs", "1", "--out", f"{folder}/run"])
-        log = runs.read_log(Path(folder) / "run")
+        log = run_folder.read_log(Path(folder) / "run")
     done, decisions = log[-1], [e for e in log if e["event"] == "score"]
     return done["score_seconds"] / done["seconds"], len(decisions)
 
@@ -70,7 +64,7 @@ def reallocation(modules=300):
 
 def score(rounds, out, task, data_dir):
     """Lines of the "score" table; the picture goes to out."""
-    run = state.set_up(flags.parse_flags(flags_of(task, data_dir)))
+    run = run_state.set_up(flags.parse_flags(flags_of(task, data_dir)))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.adapters(run.model).values():
@@ -107,7 +101,7 @@ def decisions(argv):
     Returns:
         list of {count: share of S_32, "others": the share that the next 32 batches choose}.
     """
-    run = state.set_up(flags.parse_flags(argv))
+    run = run_state.set_up(flags.parse_flags(argv))
     args, found = run.args, []
     args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size

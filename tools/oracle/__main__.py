@@ -5,12 +5,12 @@
              float64 and float32, and prints case, error, tolerance, verdict and, for a failure, the
              likely cause
 
-The interface, any subset of it, is oracle_ours.py: lora_forward, lora_backward, merge, logits,
+The interface, any subset of it, is ours.py: lora_forward, lora_backward, merge, logits,
 scores, rank_scores, keep_top, within_budget, delta_lora, train. An error is the largest
 difference over the largest absolute value of a tensor (or list of numbers). The files are in
 tests/golden/; the same export gives the same bytes.
 
-What this file does not do: choose inputs (oracle_cases.py), know mistakes (oracle_causes.py).
+What this file does not do: choose inputs (oracle_cases.py), know mistakes (causes.py).
 """
 
 import argparse
@@ -24,14 +24,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import oracle_cases
-import oracle_causes
-import oracle_ours
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import checkpoint
-import runs
+from support import hf_folder, run_folder
+from tools.oracle import causes, ours
+from tools.oracle.cases import all_cases
 
 ALLOCATIONS = ("keep_top", "within_budget")
 FIELDS = ("name", "function", "what", "dtypes", "tolerance", "arguments", "expected")
@@ -69,7 +64,7 @@ def expectation(case):
     """What a right candidate returns; for an allocation, what a right choice must satisfy."""
     arguments = copy.deepcopy(case.arguments)
     try:
-        found = getattr(oracle_ours, case.function)(**arguments)
+        found = getattr(ours, case.function)(**arguments)
     except ValueError:
         return {"error": "ValueError"}
     if case.function == "within_budget":
@@ -91,7 +86,7 @@ def export(folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     try:
-        for case in (cases := oracle_cases.all_cases()):
+        for case in (cases := all_cases()):
             tensors = {}
             content = {
                 "name": case.name,
@@ -104,10 +99,10 @@ def export(folder):
                 "expected": flatten(expectation(case), "expected", tensors),
             }
             text = json.dumps(content, indent=1) + "\n"
-            runs.write_atomic(folder / f"{case.name}.json", text.encode())
+            run_folder.write_atomic(folder / f"{case.name}.json", text.encode())
             if tensors:
                 stored = safetensors.torch.save({k: tensors[k] for k in sorted(tensors)})
-                runs.write_atomic(folder / f"{case.name}.safetensors", stored)
+                run_folder.write_atomic(folder / f"{case.name}.safetensors", stored)
     finally:
         torch.set_num_threads(threads)
     return len(cases)
@@ -117,13 +112,13 @@ def read(folder):
     """[(content of NAME.json, its tensors)] of all cases. ValueError, OSError: none, or broken."""
     folder, cases = Path(folder), []
     for path in sorted(folder.glob("*.json")):
-        content = checkpoint.read_json(path)
+        content = hf_folder.read_json(path)
         absent = [field for field in FIELDS if field not in content]
-        if absent or content["function"] not in vars(oracle_causes):
+        if absent or content["function"] not in vars(causes):
             raise ValueError(f"{path} is not a case of the oracle")
         stored = path.with_suffix(".safetensors")
         needs = '"tensor"' in path.read_text()
-        cases.append((content, checkpoint.read_file(stored) if needs else {}))
+        cases.append((content, hf_folder.read_file(stored) if needs else {}))
     if not cases:
         raise FileNotFoundError(f"{folder} holds no cases: python tools/oracle.py export {folder}")
     return cases
@@ -227,7 +222,7 @@ def judge(candidate, content, tensors, dtype):
         return math.inf, tolerance, "FAIL", f"{type(raised).__name__}: {raised}".split("\n")[0]
     if error <= tolerance:
         return error, tolerance, "pass", ""
-    mistakes = getattr(oracle_causes, content["function"])(**copy.deepcopy(arguments))
+    mistakes = getattr(causes, content["function"])(**copy.deepcopy(arguments))
     cause = likely_cause(content["function"], mistakes, got, tolerance)
     reason = f"likely: {cause}" if cause else reason or "no known cause"
     return error, tolerance, "FAIL", reason
@@ -274,7 +269,7 @@ def main(argv=None):
     out.add_argument("folder", type=Path)
     into = commands.add_parser("check", help="compare a candidate with the cases")
     into.add_argument("folder", type=Path)
-    into.add_argument("--candidate", required=True, help="Python file, see oracle_ours.py")
+    into.add_argument("--candidate", required=True, help="Python file, see ours.py")
     args = parser.parse_args(argv)
     try:
         if args.command == "export":

@@ -3,9 +3,8 @@
 What this file does not do: measure anything (train.py).
 """
 
-import flags
 import lora
-import runs
+from support import flags, run_folder
 
 
 def show(metrics):
@@ -41,8 +40,8 @@ def finish(run):
     """Write the adapter and the last line of the log; return the table that is printed."""
     adapters, head = counts(run)
     save_adapter(run)
-    if not any(line["event"] == "done" for line in runs.read_log(run.folder)):
-        runs.log(
+    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
+        run_folder.log(
             run.folder,
             "done",
             **run.last,
@@ -82,7 +81,7 @@ def save_adapter(run):
     for name, (lora_A, lora_B) in exported.items():
         tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
         about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
-    runs.save_adapter(run.folder, tensors, about)
+    run_folder.save_adapter(run.folder, tensors, about)
 
 
 def uniform_command(run, budget):

@@ -8,10 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-import download
 import tiny
 from model import Config, load_pretrained
+from support import download, hf_folder
 
 
 def forward(m):
@@ -401,4 +400,4 @@ def test_config_fields_of_real_files():
     sizes = {"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 9}
     c = Config.from_hf({"model_type": "gpt2", "eos_token_id": 49, "n_inner": None, **sizes})
     assert (c.ffn_dim, c.pad_token_id, c.activation) == (32, 49, "gelu_new")
-    assert checkpoint.SAME["gelu_pytorch_tanh"] == "gelu_new"
+    assert hf_folder.SAME["gelu_pytorch_tanh"] == "gelu_new"

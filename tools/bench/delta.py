@@ -4,18 +4,14 @@ What this file does not do: measure accuracy (tools/compare.py).
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import lora
-import timing
 from delta_lora import DeltaLoRA
 from model import Config, Transformer
+from tools.bench import timing
 
 PLACES = {"q,v": ("q_proj", "v_proj"), "all six": lora.LINEARS}
 LAYERS = 2

@@ -11,13 +11,10 @@ from pathlib import Path
 import torch
 
 import allocate
-import data
-import distributed
-import hetero
 import lora
-import runs
 from delta_lora import DeltaLoRA
 from model import load_pretrained
+from support import distributed, glue, hetero, run_folder
 
 
 def pick_device(name):
@@ -39,7 +36,7 @@ class Run:
     """All that the loop needs; what changes in it is what a checkpoint stores."""
 
     args: types.SimpleNamespace
-    task: data.Task
+    task: glue.Task
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     train: list  # encoded examples
@@ -65,8 +62,8 @@ class Run:
 def set_up(args):
     """Load data and model, inject, build the optimizer. ValueError or OSError on bad input."""
     device, notes = pick_device(args.device), []
-    task = data.TASKS[args.task]
-    train_texts, dev_texts = data.load_task(args.task, args.data_dir)
+    task = glue.TASKS[args.task]
+    train_texts, dev_texts = glue.load_task(args.task, args.data_dir)
     model, tokenizer = load_pretrained(
         args.model,
         num_labels=task.num_labels,
@@ -78,18 +75,18 @@ def set_up(args):
     max_length = args.max_length or min(128, limit)
     if max_length > limit:
         raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
-    train_set, cut = data.encode(train_texts, tokenizer, max_length)
-    dev_set, dev_cut = data.encode(dev_texts, tokenizer, max_length)
+    train_set, cut = glue.encode(train_texts, tokenizer, max_length)
+    dev_set, dev_cut = glue.encode(dev_texts, tokenizer, max_length)
     test_set, test_cut = None, 0
     if args.test:
-        test_texts, note = data.load_test(args.task, args.data_dir)
+        test_texts, note = glue.load_test(args.task, args.data_dir)
         notes += [note] if note else []
         if test_texts:
-            test_set, test_cut = data.encode(test_texts, tokenizer, max_length)
+            test_set, test_cut = glue.encode(test_texts, tokenizer, max_length)
     cut += dev_cut + test_cut
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens: truncated")
-    if task.labels and data.one_label(dev_texts):
+    if task.labels and glue.one_label(dev_texts):
         notes.append("all development examples have one label: the metrics say little")
     if model.fresh:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
@@ -144,7 +141,7 @@ def checkpoint_state(run):
         "on": {name: layer.enabled for name, layer in lora.adapters(run.model).items()},
         "plan": run.plan.state() if run.plan else None,
         "delta": run.delta.state() if run.delta else None,
-        "log_lines": len(runs.read_log(run.folder)),
+        "log_lines": len(run_folder.read_log(run.folder)),
     }
 
 
@@ -159,7 +156,7 @@ def save(run):
     generators = distributed.gather(random_state(run.device))
     if distributed.rank() == 0:
         state = {**checkpoint_state(run), "generators": generators}
-        runs.save_checkpoint(run.folder, state)
+        run_folder.save_checkpoint(run.folder, state)
 
 
 def restore(run, state):

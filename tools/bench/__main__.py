@@ -15,11 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import bench_delta
-import bench_score
-import bench_train
+from tools.bench import delta, score, training
 
 
 def main(argv=None):
@@ -40,15 +36,15 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         task = (args.task, args.data_dir)
         if args.what == "scale":
-            lines = bench_train.scale(args.rounds, args.out)
+            lines = training.scale(args.rounds, args.out)
         elif args.what == "delta":
-            lines = bench_delta.delta(args.rounds, args.out)
+            lines = delta.delta(args.rounds, args.out)
         elif args.what == "score":
-            lines = bench_score.score(args.rounds, args.out, *task)
+            lines = score.score(args.rounds, args.out, *task)
         elif args.what == "agreement":
-            lines = bench_score.agreement(args.out, *task, [int(s) for s in args.seeds.split(",")])
+            lines = score.agreement(args.out, *task, [int(s) for s in args.seeds.split(",")])
         else:
-            lines = getattr(bench_train, args.what)(args.rounds, args.out, *task)
+            lines = getattr(training, args.what)(args.rounds, args.out, *task)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

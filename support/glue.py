@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import download
+from support import download
 
-EMBEDDED = Path(__file__).parent / "data" / "paraphrase"
+EMBEDDED = Path(__file__).parents[1] / "data" / "paraphrase"
 GROUP = 50  # batches that are sorted by length together
 
 

@@ -7,17 +7,13 @@ What this file does not do: compute the right answer (oracle_ours.py).
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import allocate
 import lora
-import oracle_ours as ours
 import proxies
+from tools.oracle import ours
 
 
 def scales(lora_alpha, r):

@@ -10,20 +10,13 @@ What this file does not do: measure accuracy (tests/peers/train_peft.py, tools/c
 
 import functools
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import checkpoint
-import data
-import download
 import lora
-import seeds
-import timing
 from model import Config, Transformer, load_pretrained
+from support import download, glue, hf_folder, seeds
+from tools.bench import timing
 
 BATCH, STEPS = 16, 20
 PEER_TARGETS = {"bert": ["query", "value"], "opt": ["q_proj", "v_proj"]}
@@ -63,7 +56,7 @@ def minilm_peer(ours, dropout):
     parameters = dict(peer.named_parameters())
     with torch.no_grad():
         for name, layer in lora.adapters(ours).items():
-            path = f"base_model.model.bert.{checkpoint.hf_module('bert', name)}"
+            path = f"base_model.model.bert.{hf_folder.hf_module('bert', name)}"
             parameters[f"{path}.lora_A.default.weight"].copy_(layer.lora_A)
         for name, parameter in ours.classifier.named_parameters():
             path = "base_model.model.classifier.modules_to_save.default"
@@ -89,14 +82,14 @@ def training(model, batches, losses=None):
 
 def minilm_batches(task, data_dir, tokenizer):
     """STEPS batches of the same training pairs: (grouped by length, at random)."""
-    texts, _ = data.load_task(task, data_dir)
-    examples, _ = data.encode(texts[: BATCH * STEPS], tokenizer, 128)
+    texts, _ = glue.load_task(task, data_dir)
+    examples, _ = glue.encode(texts[: BATCH * STEPS], tokenizer, 128)
     rng = seeds.generator(0, "bench")
-    grouped = data.grouped_by_length(examples, BATCH, rng)
+    grouped = glue.grouped_by_length(examples, BATCH, rng)
     order = torch.randperm(len(examples), generator=rng).tolist()
     mixed = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     return tuple(
-        [data.collate([examples[i] for i in indices], 0, True) for indices in batches]
+        [glue.collate([examples[i] for i in indices], 0, True) for indices in batches]
         for batches in (grouped, mixed)
     )
 
@@ -129,8 +122,9 @@ def floor(config, batches):
 
 def train(rounds, out, task, data_dir):
     """Lines of the "train" table; the picture goes to out."""
-    import peft
     import transformers
+
+    import peft
 
     base, tokenizer = load_pretrained("minilm")
     ours = adapted(base)
@@ -181,8 +175,9 @@ def minilm_peak(side, task, data_dir):
 
 def memory(rounds, out, task, data_dir):
     """Lines of the "memory" table."""
-    import peft
     import transformers
+
+    import peft
 
     calls = {side: f"minilm_peak({side!r}, {task!r}, {data_dir!r})" for side in (PEER, OURS)}
     peaks = {side: [] for side in calls}
@@ -269,8 +264,9 @@ def point(rounds, **size):
 
 def scale(rounds, out):
     """Lines of the "scale" table; the picture goes to out."""
-    import peft
     import transformers
+
+    import peft
 
     lines = [
         "| size | ours, ms a step | PEFT's time / ours | ours, peak MiB | PEFT's peak / ours |",

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import data
-import download
 import tiny
+from support import download, glue, hf_folder
 
 
 def write(folder, text, name="train.tsv", encoding="utf-8"):
@@ -22,7 +20,7 @@ def test_mrpc_quotes_do_not_quote_and_bom_and_crlf_are_gone(tmp_path):
     text = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     text += '1\t7\t8\tHe said " no .\tSo " he\u2028left\r\n'
     path = write(tmp_path, text, encoding="utf-8-sig")
-    assert data.read_tsv(path, data.TASKS["mrpc"]) == [(('He said " no .', 'So " he\u2028left'), 1)]
+    assert glue.read_tsv(path, glue.TASKS["mrpc"]) == [(('He said " no .', 'So " he\u2028left'), 1)]
 
 
 TSVS = {
@@ -51,11 +49,11 @@ TSVS = {
 def test_the_format_of_every_task(tmp_path, task):
     """Columns by name, words for labels, CoLA without a header, QQP's short rows skipped."""
     text, expected = TSVS[task]
-    folder = tmp_path / data.TASKS[task].folder
+    folder = tmp_path / glue.TASKS[task].folder
     write(folder, text)
-    write(folder, text, data.TASKS[task].dev)
-    assert data.load_task(task, tmp_path) == ([expected], [expected])
-    assert data.load_task(task, folder) == ([expected], [expected])
+    write(folder, text, glue.TASKS[task].dev)
+    assert glue.load_task(task, tmp_path) == ([expected], [expected])
+    assert glue.load_task(task, folder) == ([expected], [expected])
 
 
 HEADER = "sentence\tlabel\n"
@@ -74,29 +72,29 @@ HEADER = "sentence\tlabel\n"
 def test_broken_files_are_refused_with_file_and_line(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=message):
-        data.read_tsv(path, data.TASKS["sst2"])
+        glue.read_tsv(path, glue.TASKS["sst2"])
 
 
 def test_bad_encoding_bad_score_missing_file_unknown_task(tmp_path):
     path = write(tmp_path, HEADER + "caf\xe9\t1\n", encoding="latin-1")
     with pytest.raises(ValueError, match=r"train\.tsv is not UTF-8: byte 18"):
-        data.read_tsv(path, data.TASKS["sst2"])
+        glue.read_tsv(path, glue.TASKS["sst2"])
     path = write(tmp_path, "sentence1\tsentence2\tscore\na\tb\tnan\n")
     with pytest.raises(ValueError, match=r"train\.tsv:2: label 'nan', expected a number"):
-        data.read_tsv(path, data.TASKS["stsb"])
+        glue.read_tsv(path, glue.TASKS["stsb"])
     with pytest.raises(FileNotFoundError, match=r"dev\.tsv is missing"):
-        data.read_tsv(tmp_path / "dev.tsv", data.TASKS["sst2"])
+        glue.read_tsv(tmp_path / "dev.tsv", glue.TASKS["sst2"])
     with pytest.raises(FileNotFoundError, match="no data folder"):
-        data.load_task("mrpc", tmp_path / "nowhere")
+        glue.load_task("mrpc", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown task 'x', allowed: paraphrase, mrpc"):
-        data.load_task("x")
+        glue.load_task("x")
 
 
 def test_without_hub_and_folder_one_line_says_how_to_get_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConnectionError, match="--data-dir DIR") as error:
-        data.load_task("mrpc")
+        glue.load_task("mrpc")
     assert "\n" not in str(error.value)
 
 
@@ -110,7 +108,7 @@ def test_a_hub_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(download, "hub_reachable", lambda: True)
     with pytest.raises(ConnectionError, match="the hub would not give task mnli: reset by peer"):
-        data.load_task("mnli")
+        glue.load_task("mnli")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
@@ -129,9 +127,9 @@ def test_from_the_hub_once_then_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(download, "hub_reachable", lambda: True)
     expected = ([(("A", "B"), 2)] * 2, [(("A", "B"), 2)])
-    assert data.load_task("mnli") == expected
+    assert glue.load_task("mnli") == expected
     monkeypatch.setattr(download, "hub_reachable", lambda: pytest.fail("asked again"))
-    assert data.load_task("mnli") == expected
+    assert glue.load_task("mnli") == expected
     assert calls == [("nyu-mll/glue", "mnli")]
 
 
@@ -139,21 +137,21 @@ def test_from_the_hub_once_then_from_the_cache(tmp_path, monkeypatch):
 
 
 def tokenizer(tmp_path):
-    return checkpoint.load_tokenizer(tiny.bert_folder(tmp_path / "m"), "bert", 90)
+    return hf_folder.load_tokenizer(tiny.bert_folder(tmp_path / "m"), "bert", 90)
 
 
 def test_encode_truncates_the_longer_text_first_and_leaves_the_tokenizer(tmp_path):
     t = tokenizer(tmp_path)
-    encoded, cut = data.encode([(("a b c d e f", "g h"), 1), (("a", "b"), 0)], t, 9)
+    encoded, cut = glue.encode([(("a b c d e f", "g h"), 1), (("a", "b"), 0)], t, 9)
     assert cut == 1
     assert [t.id_to_token(i) for i in encoded[0]["input_ids"]] == (
         ["[CLS]", *"abcd", "[SEP]", "g", "h", "[SEP]"]
     )
     assert encoded[0]["token_type_ids"] == [0] * 6 + [1] * 3
     assert t.truncation is None
-    alone, _ = data.encode([(("a b",), 2)], t, 9)
+    alone, _ = glue.encode([(("a b",), 2)], t, 9)
     assert alone[0]["label"] == 2 and len(alone[0]["input_ids"]) == 4
-    empty, _ = data.encode([(("", ""), 0)], t, 9)
+    empty, _ = glue.encode([(("", ""), 0)], t, 9)
     assert len(empty[0]["input_ids"]) == 3
 
 
@@ -166,34 +164,34 @@ def test_collate_pads_on_the_right():
         {"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1], "label": 1},
         {"input_ids": [8], "token_type_ids": [0], "label": 0},
     ]
-    batch = data.collate(encoded, 3, True)
+    batch = glue.collate(encoded, 3, True)
     assert {k: v.tolist() for k, v in batch.items()} == {
         "input_ids": [[5, 6, 7], [8, 3, 3]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "token_type_ids": [[0, 1, 1], [0, 0, 0]],
         "labels": [1, 0],
     }
-    assert "token_type_ids" not in data.collate(encoded, 3, False)
+    assert "token_type_ids" not in glue.collate(encoded, 3, False)
 
 
 def test_an_epoch_has_every_example_once_and_little_padding():
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(5, 100, (1003,), generator=rng).tolist()
     encoded = examples(lengths)
-    batches = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
+    batches = glue.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
     assert sorted(itertools.chain(*batches)) == list(range(1003))
     assert sorted(map(len, batches)) == [3] + [8] * 125
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert padded < 1.1 * sum(lengths)
-    again = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
-    other = data.grouped_by_length(encoded, 8, torch.Generator().manual_seed(2))
+    again = glue.grouped_by_length(encoded, 8, torch.Generator().manual_seed(1))
+    other = glue.grouped_by_length(encoded, 8, torch.Generator().manual_seed(2))
     assert batches == again != other
     means = [np.mean([lengths[i] for i in b]) for b in batches]
     assert means != sorted(means)  # short batches do not all come first
 
 
 def test_in_order():
-    assert data.in_order(examples([1] * 5), 2) == [[0, 1], [2, 3], [4]]
+    assert glue.in_order(examples([1] * 5), 2) == [[0, 1], [2, 3], [4]]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -205,13 +203,13 @@ def test_metrics_by_counting():
     tp = sum(a == b == 1 for a, b in zip(p, y, strict=True))
     tn = sum(a == b == 0 for a, b in zip(p, y, strict=True))
     fp, fn = sum(p) - tp, sum(y) - tp
-    m = data.metrics(data.TASKS["mrpc"], p, y)
+    m = glue.metrics(glue.TASKS["mrpc"], p, y)
     assert list(m) == ["accuracy", "f1"]
     assert m["accuracy"] == pytest.approx((tp + tn) / 50)
     precision, recall = tp / (tp + fp), tp / (tp + fn)
     assert m["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
     mcc = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    assert data.metrics(data.TASKS["cola"], p, y) == {"matthews": pytest.approx(mcc)}
+    assert glue.metrics(glue.TASKS["cola"], p, y) == {"matthews": pytest.approx(mcc)}
 
 
 def test_correlations_with_ties():
@@ -226,7 +224,7 @@ def test_correlations_with_ties():
         a, b = np.array(a) - np.mean(a), np.array(b) - np.mean(b)
         return (a @ b) / ((a @ a) * (b @ b)) ** 0.5
 
-    m = data.metrics(data.TASKS["stsb"], x, y)
+    m = glue.metrics(glue.TASKS["stsb"], x, y)
     assert m == {
         "pearson": pytest.approx(pearson(x, y), abs=1e-12),
         "spearman": pytest.approx(pearson(rank(x), rank(y)), abs=1e-12),
@@ -234,16 +232,16 @@ def test_correlations_with_ties():
 
 
 def test_metrics_where_nothing_varies():
-    assert data.metrics(data.TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
-    assert data.metrics(data.TASKS["cola"], [1, 1], [0, 1]) == {"matthews": 0.0}
-    assert data.metrics(data.TASKS["stsb"], [2.0, 2.0], [0.0, 1.0])["spearman"] == 0.0
+    assert glue.metrics(glue.TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+    assert glue.metrics(glue.TASKS["cola"], [1, 1], [0, 1]) == {"matthews": 0.0}
+    assert glue.metrics(glue.TASKS["stsb"], [2.0, 2.0], [0.0, 1.0])["spearman"] == 0.0
 
 
 # ------------------------------------------------------------------------------------ embedded task
 
 
 def embedded_rows(name):
-    lines = (data.EMBEDDED / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
+    lines = (glue.EMBEDDED / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
     return [line.split("\t") for line in lines[1:-1]]
 
 

@@ -16,7 +16,6 @@ What this file does not do: train, read PEFT folders (peft_in.py).
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,12 +23,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import checkpoint
-import download
 import lora
-import runs
+from support import download, hf_folder, run_folder
 
 ROOT = "base_model.model."
 HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
@@ -67,10 +62,10 @@ def full_path(family, module):
     place = module.rpartition(".")[2]
     if place in lora.RESIDUALS + lora.CROSS:
         _, i, _ = module.split(".")
-        return f"{checkpoint.PREFIX[family]}{checkpoint.STACK[family]}.{i}.{place}"
+        return f"{hf_folder.PREFIX[family]}{hf_folder.STACK[family]}.{i}.{place}"
     outside = ("classifier", "score", "pooler") if family == "roberta" else ("classifier", "score")
-    prefix = "" if module in outside else checkpoint.PREFIX[family]
-    return prefix + checkpoint.hf_module(family, module)
+    prefix = "" if module in outside else hf_folder.PREFIX[family]
+    return prefix + hf_folder.hf_module(family, module)
 
 
 def read_run(folder):
@@ -79,13 +74,13 @@ def read_run(folder):
     Raises:
         FileNotFoundError, ValueError: no run, or not finished.
     """
-    flags = runs.read_config(folder)
+    flags = run_folder.read_config(folder)
     path = Path(folder) / "adapter.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
         )
-    tensors = checkpoint.read_file(path)
+    tensors = hf_folder.read_file(path)
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["adapters"])
     pairs = {
@@ -229,7 +224,7 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
             raise ValueError("--shortcut-norm reuse adds LayerNorms that a stock model lacks")
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
-    family = checkpoint.read_config(download.model_folder(name)).get("model_type")
+    family = hf_folder.read_config(download.model_folder(name)).get("model_type")
     base = download.MINILM_REPO if name == "minilm" else name
     config, tensors = peft_files(pairs, head, family, base, pad, dropout=flags["lora_dropout"])
     write_peft(folder, config, tensors, Path(run) / "allocation.json")

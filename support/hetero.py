@@ -10,10 +10,9 @@ import time
 import warnings
 
 import allocate
-import distributed
 import lora
 import proxies
-import seeds
+from support import distributed, seeds
 
 
 def make_plan(model, args):
