@@ -20,7 +20,7 @@ import runs
 import tiny
 import train
 
-STEPS, DEV = 2, 10
+DEV = 10
 NAMES = [f"layers.{i}.{place}" for i in range(4) for place in ("q_proj", "v_proj")]
 
 
@@ -30,8 +30,8 @@ def ignore(_examples):
 
 @pytest.fixture
 def folders(tmp_path):
-    """(model, task): 70 examples in train.tsv, of which 10 are set aside."""
-    task = tiny.task_folder(tmp_path / "task", train=60 + DEV)
+    """(model, task): 80 examples in train.tsv, of which 10 are set aside."""
+    task = tiny.task_folder(tmp_path / "task", train=70 + DEV)
     return tiny.bert_folder(tmp_path / "model", vocab_size=90), task
 
 
@@ -73,7 +73,7 @@ def same(a, b):
     return a == b
 
 
-# ------------------------------------------------------------------------------------------- measured
+# ----------------------------------------------------------------------------------------- measured
 
 
 @pytest.mark.parametrize("family", ["bert", "opt"])
@@ -102,33 +102,37 @@ def test_switching_off_equals_a_dense_model_without_the_product(family):
 
 def test_training_alone_equals_a_loop_with_one_pair_in_the_optimizer(folders):
     """Nothing is switched here: lora_B = 0 keeps the others silent, no gradient keeps them so."""
-    run = a_run(folders, steps=STEPS)
+    run = a_run(folders, steps=2)
+    run.model.double()
+    run.args.lr = 0.05
     groups = train.epoch_steps(run, 0)
-    base, fall = ablation.fall_when_trained(run, groups, 1, ignore)
-    batches = [train.batch_of(run.model, [run.train[i] for i in g[0]]) for g in groups[:2]]
+    base, fall = ablation.fall_when_trained(run, groups, 2, ignore)
+    batches = [train.batch_of(run.model, [run.train[i] for i in g[0]]) for g in groups]
+    examples = [len(batch["labels"]) for batch in batches]
 
-    def trained(model, parameters, batch):
-        parameters = list(parameters)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-        for p, g in zip(
-            parameters, torch.autograd.grad(model(**batch).loss, parameters), strict=True
-        ):
-            p.grad = g
-        optimizer.step()
-        return model
+    def loss(model):
+        """Of the third and the fourth batch, which may differ in size."""
+        two = model(**batches[2]).loss.item(), model(**batches[3]).loss.item()
+        return np.average(two, weights=examples[2:4])
+
+    def trained(model, parameters, batches):
+        optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
+        for batch in batches:
+            gradients = torch.autograd.grad(model(**batch).loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
 
     warm = copy.deepcopy(run.model)
-    warm = trained(
-        warm, (p for h in warm.head for p in warm.get_submodule(h).parameters()), batches[0]
-    )
-    expected = warm(**batches[1]).loss.item()
-    assert base == pytest.approx(expected, abs=1e-6)
-    for name in lora.adapters(run.model):
+    head = [p for module in warm.head for p in warm.get_submodule(module).parameters()]
+    trained(warm, head, batches[:2])
+    assert base == pytest.approx(loss(warm), abs=1e-10)
+    for name in lora.adapters(warm):
         model = copy.deepcopy(warm)
         layer = lora.adapters(model)[name]
-        trained(model, [layer.lora_A, layer.lora_B], batches[1])
-        assert fall[name] == pytest.approx(expected - model(**batches[1]).loss.item(), abs=1e-6)
-    assert max(fall.values()) > 1e-4
+        trained(model, [layer.lora_A, layer.lora_B], batches[2:4])
+        assert fall[name] == pytest.approx(loss(warm) - loss(model), abs=1e-10), name
+    assert min(abs(value) for value in fall.values()) > 1e-8
 
 
 @pytest.mark.parametrize("moment", ["start", "end"])
@@ -192,7 +196,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(command, tmp_path, monke
     assert ablation.main(command) == 0
     whole, reference = path.read_bytes(), content(path)
     assert set(reference) == {(s, 0, m) for s in "AB" for m in ("start", "third", "end")}
-    assert [r["step"] for r in reference.values()] == [0, 4, 12] * 2
+    assert [r["step"] for r in reference.values()] == [0, 5, 15] * 2
     ablation.main(command)
     assert path.read_bytes() == whole
 
@@ -210,7 +214,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(command, tmp_path, monke
     assert path.read_text().splitlines()[:-1] == lines
     assert content(path) == reference
     capsys.readouterr()
-    assert ablation.main([*command, "--steps", "2"]) == 2
+    assert ablation.main([*command, "--score-batches", "1"]) == 2
     assert "another --out" in capsys.readouterr().err
     assert content(path) == reference
 
@@ -221,8 +225,8 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(command, tmp_path, monke
         ("run --seeds 0,x", "'x' is not an integer"),
         ("run --spaces C", "'C' is not one of A, B"),
         ("run --data-dir nowhere", "no data folder at nowhere"),
-        ("run --dev 70", "--dev is 70"),
-        ("run --steps 2", "lower --steps or --dev"),
+        ("run --dev 80", "--dev is 80"),
+        ("run --steps 3", "lower --steps or --dev"),
         ("report nowhere.jsonl", "nowhere.jsonl"),
         ("draw", "draw"),
     ],
@@ -236,7 +240,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, capsys, tmp_path, fla
     assert not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def dicts(*lists):

@@ -467,10 +467,9 @@ def show(values, kind):
         low, high = np.quantile(values, (0.025, 0.975))
         return f"{np.mean(values):.2f} ({low:.2f} … {high:.2f})"
     mean, half = interval(values)
-    if kind == "others" or len(values) == 1:
-        return f"{mean:.2f}"
+    width = f" ± {half:.2f}" if kind == "proxy" and len(values) > 1 else ""
     short = f" ({len(values)} of {seeds})" if len(values) < seeds else ""
-    return f"{mean:.2f} ± {half:.2f}{short}"
+    return f"{mean:.2f}{width}{short}"
 
 
 def tables(records):
