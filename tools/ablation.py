@@ -149,14 +149,13 @@ def rise_when_off(run, batches, tick):
     Returns:
         (L(all), dict name -> I).
     """
-    examples = sum(len(batch["labels"]) for batch in batches)
     with untouched(run):
         base, rise = mean_loss(run.model, batches), {}
         for name, layer in lora.adapters(run.model).items():
             layer.enabled = False
             rise[name] = mean_loss(run.model, batches) - base
             layer.enabled = True
-            tick(examples)
+            tick(sum(len(batch["labels"]) for batch in batches))
     return base, rise
 
 
@@ -188,7 +187,7 @@ def fall_when_trained(run, groups, steps, tick):
             train_for(run, groups, lr)
             fall[name] = base - mean_loss(model, batches)
             layer.enabled = False  # what it learnt is off with it
-            tick(work_of_training(run, steps))
+            tick(work_of_module(run, "start", steps))
     return base, fall
 
 
@@ -202,6 +201,12 @@ def train_for(run, groups, lr):
 def work_of_training(run, steps):
     """In examples that go forward once; the way back costs as much as two of them."""
     return 3 * steps * run.args.batch_size
+
+
+def work_of_module(run, moment, steps):
+    """Of the importance of one module: training and a look at the same batches, or the dev part."""
+    examples = steps * run.args.batch_size
+    return work_of_training(run, steps) + examples if moment == "start" else len(run.dev)
 
 
 # ------------------------------------------------------------------------------------------ measure
@@ -253,8 +258,7 @@ def work(run, missing, args):
     total = work_of_training(run, max(at[m] for m in missing))
     for moment in missing:
         total += sum(work_of_score(run, name) for name in proxies.PROXIES)
-        one = work_of_training(run, args.steps) if moment == "start" else len(run.dev)
-        total += modules * one
+        total += modules * work_of_module(run, moment, args.steps)
     return total
 
 
@@ -464,11 +468,11 @@ def show(values, kind):
         return "–"
     if kind == "chance":
         low, high = np.quantile(values, (0.025, 0.975))
-        return f"{np.mean(values):.2f} ({low:.2f} … {high:.2f})"
+        return f"{np.mean(values):z.2f} ({low:z.2f} … {high:z.2f})"
     mean, half = interval(values)
     width = f" ± {half:.2f}" if kind == "proxy" and len(values) > 1 else ""
     short = f" ({len(values)} of {seeds})" if len(values) < seeds else ""
-    return f"{mean:.2f}{width}{short}"
+    return f"{mean:z.2f}{width}{short}"
 
 
 def tables(records):
@@ -514,7 +518,7 @@ def conditions(records):
             if not chosen:
                 continue
             values = np.array([v for r in chosen for v in r["importance"].values()])
-            spread = ", ".join(f"{f(values):.4f}" for f in (np.min, np.median, np.max))
+            spread = ", ".join(f"{f(values):z.3g}" for f in (np.min, np.median, np.max))
             loss = np.mean([r["loss"] for r in chosen])
             seconds = np.mean([sum(r["seconds"].values()) for r in chosen])
             seeds, steps = (sorted({r[k] for r in chosen}) for k in ("seed", "step"))
@@ -554,7 +558,7 @@ def picture(records, path):
             title = scored if scored == measured else f"{scored} → {measured}"
             axes.set(title=f"space {space}, {title}", xlim=(-1.05, 1.05))
             axes.set_yticks(range(len(names)), names)
-    grid[0, 0].invert_yaxis()
+            axes.set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("Spearman's rank correlation of score and importance, a dot for each seed")
     figure.savefig(path, dpi=120)
     plt.close(figure)
