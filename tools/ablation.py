@@ -283,6 +283,7 @@ def measure_all(args):
     """Every (seed, space, moment) that the file lacks, seed by seed."""
     settings = {name: getattr(args, name) for name in ("model", "dev", "steps", "score_batches")}
     settings |= {"training": TRAINING}
+    versions = runs.versions()  # of the code that is running, whatever becomes of the checkout
     first = {space: prepare(args, space, args.seeds[0]) for space in args.spaces}
     args.out.parent.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves nothing behind
     with locked(args.out) as file:
@@ -306,7 +307,7 @@ def measure_all(args):
                 about = {"space": space, "seed": seed, "settings": settings}
 
                 def write(record, about=about):
-                    append(file, {**about, **record, "versions": runs.versions()})
+                    append(file, {**about, **record, "versions": versions})
 
                 look_at(prepare(args, space, seed), missing, args, write, bar)
 
