@@ -22,9 +22,9 @@ Data: MRPC's train.tsv, shuffled by random.Random(20261124); the first --dev exa
 dev part, the rest trains. GLUE's own dev set is not used.
 
 Training: 3 epochs, batch 16, AdamW, lr 1e-3, 30 steps of warm-up, then linear to 0. Scores come
-from the batches that train.py scores, the first 4 of 16 examples. ALPHA-TEST, which costs 64 steps
-a batch and half of the time, sees every second of them: so a seed of both spaces takes 35 minutes
-instead of 42 on one thread.
+from the batches that train.py scores, the first 4 of 16 examples. ALPHA-TEST, which costs two steps
+a batch and module, sees every second of them: without that it would take a third of the time. A
+seed of both spaces takes about 37 minutes on one undisturbed thread.
 
 A line of the file is one (space, seed, moment), written when it is complete. The same command goes
 on after an interruption: what is in the file is not measured again, but the training that leads to
@@ -440,7 +440,8 @@ def of_proxy(name, pairs):
 
 
 def of_other_seeds(pairs):
-    """The same for what other seeds measured in place of scores: what a perfect score can reach."""
+    """The same with another seed's importance for scores: what the place alone tells, whatever the
+    run."""
     found = []
     for i, (_, measured) in enumerate(pairs):
         others = [a["importance"] for j, (a, _) in enumerate(pairs) if j != i]
@@ -502,7 +503,7 @@ def explanation():
         "Score at one moment against importance at the same, or (start → end) at the end. Mean and",
         "95 % t-interval over the seeds; – = undefined, all scores are alike. random: the mean of",
         f"{DRAWS} draws, and where 95 % of the draws' means over the seeds lie. Another seed's",
-        "importance: the mean over pairs of seeds, about the most that a score can reach.",
+        "importance: the mean over pairs of seeds; what knowing the place tells, without the run.",
         "",
     ]
 
