@@ -16,9 +16,9 @@ import ablation
 import dense
 import lora
 import proxies
-import runs
 import tiny
 import train
+from support import run_folder
 
 DEV = 10
 NAMES = [f"layers.{i}.{place}" for i in range(4) for place in ("q_proj", "v_proj")]
@@ -302,7 +302,8 @@ def results(tmp_path):
             }
             about = {"space": "A", "seed": seed, "moment": moment, "step": 0, "settings": {"r": 8}}
             measured = {"scores": scores, "importance": importance, "loss": 0.5}
-            versions = {"seconds": {"scores": 2.0, "importance": 5.0}, "versions": runs.versions()}
+            versions = {"versions": run_folder.versions()}
+            versions["seconds"] = {"scores": 2.0, "importance": 5.0}
             lines.append(json.dumps({**about, **measured, **versions}))
     path.write_text("\n".join(lines) + "\n" + lines[0][:50])  # torn
     return path

@@ -52,13 +52,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import allocate
-import data
-import flags
 import lora
 import proxies
-import runs
-import state
 import train
+from support import flags, glue, run_folder
 
 SPACES = {"A": "none", "B": "all"}  # --shortcuts of train.py
 MOMENTS = ("start", "third", "end")
@@ -78,7 +75,7 @@ def prepare(args, space, seed):
     argv = f"{TRAINING} --task mrpc --device cpu --seed {seed} --shortcuts {SPACES[space]}".split()
     argv += ["--model", args.model, "--score-batches", str(args.score_batches)]
     argv += ["--data-dir", args.data_dir] if args.data_dir else []
-    run = state.set_up(flags.parse_flags(argv))
+    run = train.set_up(flags.parse_flags(argv))
     run.dev, run.train = tuning_split(run.train, args.dev)
     needed = 2 * args.steps * run.args.batch_size
     if len(run.train) < needed:
@@ -101,7 +98,7 @@ def tuning_split(examples, dev):
 def batches_by_length(run, examples):
     """Evaluation batches with little padding."""
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
-    cut = data.in_order(examples, EVAL_BATCH)
+    cut = glue.in_order(examples, EVAL_BATCH)
     return [train.batch_of(run.model, [examples[i] for i in indices]) for indices in cut]
 
 
@@ -193,7 +190,7 @@ def fall_when_trained(run, groups, steps, tick):
 
 def train_for(run, groups, lr):
     """Train what is on at a constant learning rate, with a fresh optimizer."""
-    run.optimizer = state.make_optimizer(run.model, run.args)
+    run.optimizer = train.make_optimizer(run.model, run.args)
     for group in groups:
         train.train_step(run, group, lr)
 
@@ -269,7 +266,9 @@ def look_at(run, missing, args, write, bar):
     run.model.train()
     for moment in missing:
         for step in range(trained, at[moment]):
-            train.train_step(run, steps[step], train.learning_rate(step, len(steps), run.args))
+            a = run.args
+            lr = train.learning_rate(step, len(steps), a.lr, a.schedule, a.warmup)
+            train.train_step(run, steps[step], lr)
             bar.update(work_of_training(run, 1))
         trained = at[moment]
         training = time.monotonic() - started
@@ -283,7 +282,7 @@ def measure_all(args):
     """Every (seed, space, moment) that the file lacks, seed by seed."""
     settings = {name: getattr(args, name) for name in ("model", "dev", "steps", "score_batches")}
     settings |= {"training": TRAINING}
-    versions = runs.versions()  # of the code that is running, whatever becomes of the checkout
+    versions = run_folder.versions()  # of the code that runs, whatever becomes of the checkout
     first = {space: prepare(args, space, args.seeds[0]) for space in args.spaces}
     args.out.parent.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves nothing behind
     with locked(args.out) as file:
@@ -370,7 +369,7 @@ def spearman(x, y):
     a, b = (np.array([values[name] for name in x]) for values in (x, y))
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return data.correlation(data.ranks(a), data.ranks(b))
+    return glue.correlation(glue.ranks(a), glue.ranks(b))
 
 
 def overlap(x, y, count):
