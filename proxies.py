@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import RESIDUALS, adapters
 
+WITHOUT_DATA = ("constant", "synflow")  # these read no batch
 ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
 
 

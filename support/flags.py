@@ -3,7 +3,8 @@
 A method is a combination of flags; a preset is nothing but a documented set of them, and a flag
 that is given wins over it. Bad input is a ValueError with one line: what, got, allowed.
 
-What this file does not do: look at data, models or devices (train.py does).
+What this file does not do: say which flags go together (settings.py), look at data, models or
+devices (train.py does).
 """
 
 import argparse
@@ -15,8 +16,9 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import single_ranks
 from support import glue, run_folder
+from support.errors import shown
+from support.settings import refuse_conflicts
 
 # -------------------------------------------------------------------------------------------- flags
 
@@ -29,7 +31,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, open_high=False):
-    """An argparse type: a finite int or float from low to high."""
+    """An argparse type: a finite int (of 64 bits at most) or float from low to high."""
+    if kind is int and high == math.inf:
+        high, open_high = 2**63, True
 
     def parse(text):
         try:
@@ -39,12 +43,12 @@ def number(kind, low, high=math.inf, open_high=False):
                 or not low <= value <= high
                 or (open_high and value == high)
             )
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: an int that no float can hold
             wrong = True
         if wrong:
             what = "an integer" if kind is int else "a number"
             upper = f" {'below' if open_high else 'to'} {high}" if high < math.inf else " up"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low}{upper}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low}{upper}")
         return value
 
     return parse
@@ -109,7 +113,11 @@ FLAGS = {  # name: (type, default, help)
     "keep": (number(float, 0, 1), 0.25, "budget as the fraction of modules that stay on"),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
     "per-rank": (one_of("yes", "no"), "no", "yes = spend --budget-params on ranks, static only"),
-    "every": (number(float, 1e-9), 1.0, "epochs between two decisions, counted inside each epoch"),
+    "every": (
+        number(float, 1e-9, 1),
+        1.0,
+        "part of an epoch between two decisions, counted inside each epoch",
+    ),
     "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
     "ranking": (
         one_of("together", "apart"),
@@ -205,7 +213,9 @@ def parse_flags(argv):
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
     refuse_old_spellings(sys.argv[1:] if argv is None else argv)
-    given = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
+    given = vars(found)
     defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
     if given["resume"] is None:
         if given["eval_only"]:
@@ -220,6 +230,16 @@ def parse_flags(argv):
             )
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
+
+
+def refuse_unknown(words, known):
+    """Raises ValueError where words are left that are no flag; a near miss is told the nearest."""
+    if not words:
+        return
+    flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+    near = difflib.get_close_matches(flag, [f"--{name}" for name in known], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists all"
+    raise ValueError(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def refuse_old_spellings(argv):
@@ -315,36 +335,3 @@ def equal_budget_control(args, spent, costs):
     )
     return f"python train.py {text}", r * one
 
-
-def refuse_conflicts(given, args):
-    """Flags that contradict each other, or would do nothing, are refused rather than ignored."""
-    budget, allocation = args["budget_params"], args["allocate"]
-    if allocation == "none":
-        useless = [f for f in ("keep", "budget_params", "every", "proxy", "ranking") if f in given]
-        if useless or args["per_rank"] == "yes":
-            flag = (useless or ["per_rank"])[0].replace("_", "-")
-            raise ValueError(f"--{flag} needs --allocate static or dynamic: nothing is allocated")
-    elif not args["targets"] and args["shortcuts"] == "none":
-        raise ValueError(f"--allocate {allocation} needs modules: give --targets or --shortcuts")
-    if budget is not None and "keep" in given:
-        raise ValueError("--keep and --budget-params are two budgets: give one")
-    if args["per_rank"] == "yes" and (
-        allocation != "static" or budget is None or args["proxy"] not in single_ranks.RANK_PROXIES
-    ):
-        raise ValueError(
-            "--per-rank yes needs --allocate static, --budget-params N and --proxy "
-            f"{' or '.join(single_ranks.RANK_PROXIES)}"
-        )
-    if args["delta_ratio"] == 0:
-        if "delta_start" in given or args["delta_lazy"] == "yes":
-            raise ValueError("--delta-start and --delta-lazy need --delta-ratio other than 0")
-        return
-    if args["lora_dropout"]:
-        raise ValueError("--delta-ratio needs --lora-dropout 0: dropout breaks dL/d(BA) = s dL/dW")
-    if not args["targets"]:
-        raise ValueError("--delta-ratio needs --targets: shortcuts have no weight to move")
-    reads_weights = ("synflow", "synflow_released", "snip_slot")
-    if args["delta_lazy"] == "yes" and allocation != "none" and args["proxy"] in reads_weights:
-        raise ValueError(
-            f"--proxy {args['proxy']} reads the weights, which --delta-lazy leaves behind"
-        )
