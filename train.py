@@ -32,6 +32,8 @@ from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import single_ranks
 from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
+from support.errors import one_line
+from support.settings import effects
 
 EVAL_BATCH_SIZE = 64
 
@@ -51,7 +53,7 @@ class Run:
     task: glue.Task
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    train: list  # encoded examples
+    train: list | None  # encoded examples; None with --eval-only
     dev: list
     test: list | None  # with labels, and asked for
     device: torch.device
@@ -68,13 +70,14 @@ class Run:
     test_predictions: str | None = None
     seconds: float = 0.0
     score_seconds: float = 0.0  # of these, spent on decisions
+    log_lines: int = 0  # of metrics.jsonl, when the run was saved
     stop: bool = False  # Ctrl-C was pressed
 
 
 def set_up(args):
     """Load model and data, inject, build the optimizer. ValueError or OSError on bad input."""
     device, task = distributed.pick_device(args.device), glue.TASKS[args.task]
-    texts, notes = glue.load_splits(args.task, args.data_dir, args.test)
+    texts, notes = glue.load_splits(args.task, args.data_dir, args.test, not args.eval_only)
     model, tokenizer = load_pretrained(
         args.model,
         num_labels=task.num_labels,
@@ -88,7 +91,7 @@ def set_up(args):
         raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
     (train, dev, test), more = glue.encode_splits(texts, tokenizer, max_length)
     notes += more
-    if model.fresh:
+    if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
     shortcuts = lora.SHORTCUTS[args.shortcuts]
     if args.targets or shortcuts:
@@ -181,7 +184,8 @@ def score_batches(run):
     examples = run.train[: run.args.score_batches * run.args.batch_size]
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
     chosen = glue.in_order(examples, run.args.batch_size)
-    return [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
+    batches = [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
+    return terminal.Watched(batches)
 
 
 def write_history(run):
@@ -238,8 +242,8 @@ def train_step(run, group, lr):
         raise CannotGoOn(f"the loss of step {run.step + 1} is {loss}")
     if run.args.clip:
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
-    for settings in run.optimizer.param_groups:
-        settings["lr"] = lr
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
     if run.delta:
         run.delta.before_step()
     run.optimizer.step()
@@ -358,11 +362,24 @@ PROGRESS = {  # what a checkpoint says of how far a run is
 
 def restore(run, state):
     """Put a checkpoint back into a Run that set_up made from the same flags. ValueError: others."""
+    if not run.args.eval_only:
+        refuse_lost(run, **state["position"], last=state["metrics"]["last"])
     single_ranks.shrink_to(run.model, state["parameters"])
     run.optimizer = make_optimizer(run.model, run.args)
     checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device)
+    run.log_lines = state["log_lines"]
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
+
+
+def refuse_lost(run, epoch, step_in_epoch, step, last):
+    """Raises ValueError where a checkpoint says that it is at a step that the run does not have."""
+    per_epoch = len(epoch_steps(run, 0))
+    counted = epoch * per_epoch + step_in_epoch
+    inside = step_in_epoch <= per_epoch and counted <= run.args.epochs * per_epoch
+    if step != counted or not inside or bool(epoch) != bool(last):
+        at = f"step {step}, {step_in_epoch} of epoch {epoch}"
+        raise ValueError(f"the checkpoint in {run.args.resume} is at {at}: no step of this run")
 
 
 def prepare(args, stack):
@@ -374,28 +391,45 @@ def prepare(args, stack):
             folder.
     """
     writes = distributed.rank() == 0 and not args.eval_only and not args.dry_run
-    run = None
-    if args.resume:
-        if writes:
-            stack.enter_context(run_folder.locked(Path(args.resume)))
-        run = set_up(args)
-        stored, note = checkpoint.read_last(Path(args.resume))
-        run.notes += [note] if note else []
-        if stored:
-            restore(run, stored)
-        elif args.eval_only:
-            raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
-        if writes:
-            run.folder = Path(args.resume)
-            run_folder.truncate_log(run.folder, stored["log_lines"] if stored else 0)
-            if run.plan and run.plan.history:
-                write_history(run)
-        return run
+    if args.resume and writes:
+        stack.enter_context(run_folder.locked(Path(args.resume)))
     run = set_up(args)
-    if writes:
+    splits = {"dev": run.dev} if args.eval_only else {"train": run.train, "dev": run.dev}
+    data = {split: glue.fingerprint(examples) for split, examples in splits.items()}
+    if args.resume:
+        resume(run, data)
+    if not args.eval_only:
+        parameters = sum(lora.count_trainable(run.model).values())
+        sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
+        run.notes += effects(args, **sizes)
+    if args.resume and writes:
+        run.folder = Path(args.resume)
+        run_folder.truncate_log(run.folder, run.log_lines)
+        if run.plan and run.plan.history:
+            write_history(run)
+    elif writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.folder = run_folder.create(folder, stack, flags.stored(args))
+        run.folder = run_folder.create(folder, stack, flags.stored(args), data)
     return run
+
+
+def resume(run, data):
+    """Put a run back to its last checkpoint, if it has one; ValueError where it cannot be.
+
+    Args:
+        data: dict split -> fingerprint of what was loaded; a run does not go on with other data.
+    """
+    folder = Path(run.args.resume)
+    other = run_folder.other_data(folder, data)
+    if other and not run.args.eval_only:
+        raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
+    like = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
+    stored, note = checkpoint.read_last(folder, like)
+    run.notes += filter(None, (other, note))
+    if stored:
+        restore(run, stored)
+    elif run.args.eval_only:
+        raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
 
 
 def finish(run):
@@ -444,7 +478,7 @@ def dry_run(run):
     loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
     metrics = evaluate(run.model, run.task, run.dev[:EVAL_BATCH_SIZE])
     n = min(EVAL_BATCH_SIZE, len(run.dev))
-    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples"
+    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples; nothing is written"
 
 
 def main(argv=None):
@@ -458,18 +492,24 @@ def main(argv=None):
                 stack.enter_context(terminal.silent())  # the first process alone speaks
             run = prepare(args, stack)
         except (ValueError, OSError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {one_line(error, 600)}", file=sys.stderr)
             return 2
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)
-        if args.eval_only:
-            print(report.show(evaluate(run.model, run.task, run.dev)))
-            if run.test is not None:
-                evaluate_test(run)
-                print(f"test: {report.show(run.test_metrics)}")
-            return 0
-        return carry_out(run)
+        return evaluate_only(run) if args.eval_only else carry_out(run)
+
+
+def evaluate_only(run):
+    """--eval-only: the metrics of a run as it stands, and of what; returns the exit code."""
+    where = (run.args.task, run.args.data_dir)
+    print(f"{len(run.dev)} examples of {glue.source(*where, 'dev')}")
+    print(report.show(evaluate(run.model, run.task, run.dev)))
+    if run.test is not None:
+        evaluate_test(run)
+        print(f"{len(run.test)} examples of {glue.source(*where, 'test')}")
+        print(f"test: {report.show(run.test_metrics)}")
+    return 0
 
 
 def carry_out(run):

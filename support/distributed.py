@@ -15,6 +15,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from support.errors import one_line, shown
+
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -35,10 +37,11 @@ def pick_device(name):
         return torch.device("cuda", int(local)) if cuda else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has shapes and no numbers
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name!r} cannot be used: {reason}; try cpu") from error
+        raise ValueError(
+            f"--device {shown(name)} cannot be used: {one_line(error, 150)}; try cpu"
+        ) from error
     return device
 
 

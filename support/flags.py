@@ -31,9 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, open_high=False):
-    """An argparse type: a finite int (of 64 bits at most) or float from low to high."""
-    if kind is int and high == math.inf:
-        high, open_high = 2**63, True
+    """An argparse type: a finite int or float from low to high; an int has 64 bits at most."""
 
     def parse(text):
         try:
@@ -42,12 +40,15 @@ def number(kind, low, high=math.inf, open_high=False):
                 not math.isfinite(value)
                 or not low <= value <= high
                 or (open_high and value == high)
+                or (kind is int and value >= 2**63)
             )
         except (ValueError, OverflowError):  # OverflowError: an int that no float can hold
             wrong = True
         if wrong:
             what = "an integer" if kind is int else "a number"
-            upper = f" {'below' if open_high else 'to'} {high}" if high < math.inf else " up"
+            upper = " up to 2**63 - 1" if kind is int else " up"
+            if high < math.inf:
+                upper = f" {'below' if open_high else 'to'} {high}"
             raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low}{upper}")
         return value
 
@@ -334,4 +335,3 @@ def equal_budget_control(args, spent, costs):
         f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in given.items()
     )
     return f"python train.py {text}", r * one
-

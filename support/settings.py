@@ -92,7 +92,10 @@ def contradictions(a):
             a.shortcut_norm == "reuse" and not cross,
             "--shortcut-norm reuse needs --shortcuts cross or all: it follows those alone",
         ),
-        (delta and not a.targets, "--delta-ratio needs --targets: shortcuts have no weight to move"),
+        (
+            delta and not a.targets,
+            "--delta-ratio needs --targets: shortcuts have no weight to move",
+        ),
         (
             delta and a.lora_dropout,
             "--delta-ratio needs --lora-dropout 0: dropout breaks dL/d(BA) = s dL/dW",

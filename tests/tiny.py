@@ -150,3 +150,30 @@ def task_folder(path, train=24, dev=10):
             rows.append(f"{i % 2}\t{i}\t{i}\t{word}\t{word[::-1] if i % 2 else word}")
         (path / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     return path
+
+
+def checkpoint_state():
+    """What a checkpoint of a run holds, spelt out: one module, two steps, one decision."""
+    rng = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 5, generator=rng), torch.randn(4, 2, generator=rng)
+    moments = [{"step": torch.tensor(2.0), "exp_avg": p, "exp_avg_sq": p**2} for p in (a, b)]
+    decision = {"step": 0, "epoch": 0, "scores": {"m": 0.5}, "on": {"m": True}}
+    return {
+        "parameters": {"m.lora_A": a, "m.lora_B": b},
+        "optimizer": {
+            "state": dict(enumerate(moments)),
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}],
+        },
+        "on": {"m": True},
+        "plan": {"history": [decision], "rng": rng.get_state()},
+        "delta": {
+            "t": 2,
+            "begin": {"m": (a, b)},
+            "ended": {"m": [(a, b, 1), (a, b, -1)]},
+            "weights": {"m": torch.randn(4, 5, generator=rng)},
+        },
+        "position": {"epoch": 0, "step_in_epoch": 2, "step": 2},
+        "metrics": {"best": None, "last": None, "seconds": 0.5, "score_seconds": 0.0},
+        "generators": [{"cpu": rng.get_state(), "cuda": None}],
+        "log_lines": 3,
+    }
