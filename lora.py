@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import Transformer
 from support import adapter_file, seeds
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -75,6 +76,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(like))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(like))  # (out, r)
         self.weight_before_merge = None
+        self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
 
     @property
@@ -92,9 +94,9 @@ class LoRALayer(nn.Module):
 
     @enabled.setter
     def enabled(self, value):
-        if self.merged:
+        if self.locked:
             raise ValueError(
-                "a merged module cannot be switched on or off: call unmerge(model) first"
+                "a module of a merged model cannot be switched on or off: call unmerge(model) first"
             )
         self._enabled = bool(value)
 
@@ -133,29 +135,52 @@ class LoRALayer(nn.Module):
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on, and whether it is merged."""
+        """A state_dict carries beside A and B what is on, whether it is merged, and the scale."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "lora_switches"] = torch.tensor([self.enabled, self.merged])
+        destination[prefix + "lora_scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        """Switch as the saved module was. ValueError: merged fits merged alone, or unmerged."""
-        switches = state_dict.pop(prefix + "lora_switches", None)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if switches is None:
-            missing.append(prefix + "lora_switches")
+        """Switch as the saved module was. ValueError: it would not compute what that one did."""
+        keys = prefix + "lora_switches", prefix + "lora_scaling"
+        switches, scaling = (state_dict.pop(key, None) for key in keys)
+        if switches is None or scaling is None:
+            missing += [key for key in keys if key not in state_dict]
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
             return
-        on, merged = switches.tolist()
-        if merged != self.merged:
+        if switches.shape != (2,) or scaling.item() != self.scaling:
             raise ValueError(
-                "one of the two models is merged and the other is not: call unmerge(model) first"
+                f"{prefix[:-1]} has scaling {self.scaling}, the state_dict {scaling.item()}: "
+                "inject with the same r and lora_alpha"
             )
-        self._enabled = on
+        on, merged = switches.tolist()
+        if merged or self.locked:
+            raise ValueError(
+                f"{prefix[:-1]} is merged, in the state_dict or in the model: call unmerge(model) "
+                "on that side, and save anew"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        self._enabled = bool(on)
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
 
 
 # ---------------------------------------------------------------------------------------- injection
+
+
+def refuse_unsuitable(model):
+    """Raises ValueError where a model cannot be adapted or scored: the door of both."""
+    adapters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the device meta, a shape without numbers: load it first"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"{name} is in {parameter.dtype}, whose range gradients leave: call model.float()"
+            )
 
 
 def inject(
@@ -189,8 +214,9 @@ def inject(
 
     Raises:
         ValueError: an unknown place, nothing to adapt, a rank out of range, or a model that is
-            injected.
+            injected, without numbers (meta), in float16, or no model.Transformer.
     """
+    refuse_unsuitable(model)
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
         for place in given:
             if place not in allowed:
@@ -232,7 +258,16 @@ def put(model, name, layer):
 
 
 def adapters(model):
-    """dict name -> LoRALayer, block by block, linear layers before shortcuts."""
+    """dict name -> LoRALayer, block by block, linear layers before shortcuts.
+
+    Raises:
+        ValueError: not a model.Transformer.
+    """
+    if not isinstance(model, Transformer):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, expected a model.Transformer, as "
+            "load_pretrained gives it"
+        )
     found = {}
     for i, block in enumerate(model.layers):
         for place in LINEARS + RESIDUALS + CROSS:
@@ -340,6 +375,8 @@ def merge(model):
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
             # W <- W + scaling * B A
             layer.base.weight += layer.delta_w()
+    for layer in layers.values():
+        layer.locked = bool(chosen)
     return tuple(chosen)
 
 
@@ -356,6 +393,8 @@ def unmerge(model):
         for layer in merged:
             layer.base.weight.copy_(layer.weight_before_merge)
             layer.weight_before_merge = None
+    for layer in adapters(model).values():
+        layer.locked = False
 
 
 # ------------------------------------------------------------------------------------ adapter files
@@ -394,6 +433,7 @@ def load_adapter(model, path):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
+    refuse_unsuitable(model)
     if adapters(model):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)

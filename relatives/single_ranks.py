@@ -14,7 +14,7 @@ import math
 
 import lora
 from allocate import within_budget
-from proxies import factor_gradients
+from proxies import factor_gradients, refuse_unscorable
 from support import distributed
 
 RANK_PROXIES = ("grad_norm", "snip")
@@ -36,6 +36,7 @@ def score_ranks(name, model, batches):
         raise ValueError(
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
+    refuse_unscorable(model, batches)
     scores = {}
     for module, ((A, a), (B, b)) in factor_gradients(model, batches).items():
         if name == "grad_norm":
