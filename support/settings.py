@@ -53,6 +53,7 @@ def refuse_conflicts(given, args):
 def needs(a):
     """(flags, whether the run has what they are about, what that is): useless without it."""
     allocates, shortcuts = a.allocate != "none", a.shortcuts != "none"
+    modules = a.targets or shortcuts
     reads_data = a.proxy not in (*allocate.BASELINES, *proxies.WITHOUT_DATA)
     allocation = "keep budget_params per_rank every score_batches proxy ranking"
     return (
@@ -61,7 +62,8 @@ def needs(a):
         ("score_batches", reads_data, f"a --proxy that reads batches: {a.proxy} does not"),
         ("ranking", a.budget_params is None, "--keep: --budget-params knows one ranking alone"),
         ("ranking", a.targets and shortcuts, "both --targets and --shortcuts: one kind has one"),
-        ("r lora_dropout", a.targets or shortcuts, "--targets or --shortcuts: no module has it"),
+        ("r", modules, "--targets or --shortcuts: no module has it"),
+        ("lora_dropout", modules or not a.lora_dropout, "--targets or --shortcuts"),
         ("lora_alpha", a.targets, "--targets: shortcuts have --shortcut-alpha"),
         ("shortcut_alpha", shortcuts, "--shortcuts: no module has it"),
         ("delta_start delta_lazy", a.delta_ratio != 0, "--delta-ratio other than 0"),

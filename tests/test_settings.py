@@ -16,6 +16,7 @@ from support import flags, run_folder
 from support.flags import FLAGS, parse_flags
 from support.settings import effects
 
+ONE_EPOCH = "--epochs 1 --batch-size 5"
 STATIC = "--allocate static --score-batches 1"
 DELTA = "--preset lora --delta-ratio 0.5 --delta-start -1"
 # Of every flag: another value, and the run beside whose own value it is held.
@@ -37,7 +38,7 @@ OTHER = {
     "per-rank": ("--per-rank yes", "--allocate static --budget-params 300"),
     "every": ("--every 0.5", ""),
     "score-batches": ("--score-batches 2", STATIC),
-    "ranking": ("--ranking apart", ""),
+    "ranking": ("--ranking apart", "--targets fc1 --proxy size --keep 0.5"),
     "delta-ratio": ("--delta-ratio 2", DELTA),
     "delta-start": ("--delta-start 1", DELTA),
     "delta-lazy": ("--delta-lazy yes", DELTA),
@@ -106,7 +107,7 @@ def folders(tmp_path_factory):
 
 def run(folders, out, text):
     """(exit code, what a run leaves: weights, log without seconds, and what it printed)."""
-    words = "--epochs 1 --batch-size 5 --lr 0.01 --log-every 1 --device cpu --task mrpc".split()
+    words = f"{ONE_EPOCH} --lr 0.01 --log-every 1 --device cpu --task mrpc".split()
     words += ["--model", str(folders / "model"), "--data-dir", str(folders / "task")]
     words += ["--out", str(out), *text.split()]
     names = {"OTHER": "other", "OTHER_MODEL": "other_model", "ELSEWHERE": out.name + "-elsewhere"}
