@@ -1,5 +1,6 @@
 """support/settings.py: every flag has an effect, or the run says or refuses that it has none."""
 
+import functools
 import json
 import re
 import tomllib
@@ -100,9 +101,15 @@ def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("settings")
     tiny.bert_folder(path / "model")
     tiny.bert_folder(path / "other_model", tiny.bert_tensors(seed=1))
-    tiny.task_folder(path / "task")
-    tiny.task_folder(path / "other", train=20)
+    tiny.task_folder(path / "task", dev=4)
+    tiny.task_folder(path / "other", train=20, dev=4)
     return path
+
+
+@pytest.fixture(scope="module")
+def base_of(folders):
+    """A function: what the run with some flags leaves, run once."""
+    return functools.cache(lambda text: run(folders, folders / f"base-{hash(text)}", text))
 
 
 def run(folders, out, text):
@@ -122,11 +129,12 @@ def run(folders, out, text):
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_every_flag_changes_the_run_or_says_why_not(folders, tmp_path, capsys, flag):
+def test_every_flag_changes_the_run_or_says_why_not(folders, base_of, tmp_path, capsys, flag):
     """A flag that is added and forgotten somewhere fails here: it has no entry, or no effect."""
     other, base = OTHER[flag]
     assert other.startswith(f"--{flag} ")
-    _, before = run(folders, tmp_path / "before", base)
+    _, before = base_of(base)
+    assert before
     capsys.readouterr()
     code, after = run(folders, tmp_path / "after", f"{base} {other}")
     said = capsys.readouterr()
