@@ -18,6 +18,7 @@ import tiny
 import train
 from delta_lora import DeltaLoRA
 from faults import outcome, same
+from model import load_pretrained
 from relatives import single_ranks
 from support import checkpoint, glue, run_folder
 from support.flags import parse_flags
@@ -288,6 +289,34 @@ def test_forms():
     assert misfit(3, None) == "the content is 3, expected NoneType"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scaling": float("inf")}, "scaling is inf, expected finite"),
+        ({"scaling": "2"}, "scaling is '2', expected finite"),
+        ({"r": -1}, "r is -1, expected count"),
+        ({"r": 2.0}, "r is 2.0, expected count"),
+        ({"enabled": "no"}, "enabled is 'no', expected bool"),
+        ({"more": 1}, "has 'more'"),
+    ],
+)
+def test_what_an_adapter_says_of_its_modules(runs, tmp_path, change, words):
+    import safetensors.torch
+
+    path = runs / "lora" / "adapter.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["adapters"])
+    about["layers.0.q_proj"] |= change
+    safetensors.torch.save_file(
+        tensors, tmp_path / "a.safetensors", {"adapters": json.dumps(about)}
+    )
+    model, _ = load_pretrained(str(runs / "model"))
+    with pytest.raises(ValueError, match="is no adapter of this program") as error:
+        lora.load_adapter(model, tmp_path / "a.safetensors")
+    assert words in str(error.value) and lora.adapters(model) == {}
+
+
 # --------------------------------------------------------------------------------------------- data
 
 
@@ -482,6 +511,15 @@ def test_a_state_dict_that_would_compute_something_else_is_refused(prepare, mess
     first, second = two_models()
     prepare(first, second)
     with pytest.raises(ValueError, match=message):
+        second.load_state_dict(first.state_dict())
+
+
+def test_two_merged_models_do_not_exchange_state_dicts():
+    """All on and all merged: the weight before merging is in no state_dict."""
+    first, second = tiny.adapted("bert"), tiny.adapted("bert", seed=5)
+    lora.merge(first)
+    lora.merge(second)
+    with pytest.raises(ValueError, match="is merged, in the state_dict or in the model"):
         second.load_state_dict(first.state_dict())
 
 

@@ -180,6 +180,11 @@ LORA = "--preset lora"
         (f"{LORA} --weight-decay 100", f"{LORA} --weight-decay 99", "each step takes 10% off"),
         (f"{LORA} --clip 3e-7", f"{LORA} --clip 3.2e-7", "over 1,000 parameters"),
         (f"{LORA} --log-every 13", f"{LORA} --log-every 12", "the run has 12 steps, no train"),
+        (
+            f"{LORA} --accumulate 4 --log-every 5",
+            f"{LORA} --accumulate 4 --log-every 4",
+            "the run has 4 steps, no train",  # of 6 batches: 4 and 2, in two epochs
+        ),
         ("--r 2 --score-batches 7", "--r 2 --score-batches 6", "35 examples: .* has 30, all"),
         ("--r 2 --keep 1", "--r 2 --keep 0.9", "all 17 modules are on, grad_norm chooses"),
         ("--r 2 --budget-params 816", "--r 2 --budget-params 815", "all 17 modules are on"),
