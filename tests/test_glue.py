@@ -246,9 +246,9 @@ def embedded_rows(name):
 
 
 def test_the_embedded_task_keeps_its_promises():
-    """At least 480 + 120 pairs, half and half; no pair, sentence or subject in both splits."""
+    """1332 + 360 pairs, half and half; no pair, sentence or subject in both splits."""
     splits = {name: embedded_rows(name) for name in ("train", "dev")}
-    assert len(splits["train"]) >= 480 and len(splits["dev"]) >= 120
+    assert (len(splits["train"]), len(splits["dev"])) == (1332, 360)
     for rows in splits.values():
         assert 2 * sum(r[0] == "1" for r in rows) == len(rows)
         assert len({frozenset(r[3:]) for r in rows}) == len(rows)
@@ -257,7 +257,7 @@ def test_the_embedded_task_keeps_its_promises():
     subjects = [{int(i) // 10 for r in rows for i in r[1:3]} for rows in splits.values()]
     assert not sentences[0] & sentences[1]
     assert not subjects[0] & subjects[1]
-    assert len(subjects[0]) >= 100 and len(subjects[1]) >= 30
+    assert (len(subjects[0]), len(subjects[1])) == (262, 70)
 
 
 def test_word_overlap_does_not_decide_the_embedded_task():
