@@ -87,9 +87,9 @@ def model_folder(name):
         raise FileNotFoundError(
             f"no model folder at {name!r}: give 'minilm', a folder with config.json, or a hub id"
         )
-    help = "give 'minilm', or a folder with config, weights and tokenizer"
+    advice = "give 'minilm', or a folder with config, weights and tokenizer"
     for weights in WEIGHTS:
-        folder = snapshot(name, [*MODEL_FILES, weights], f"model {name!r}", help)
+        folder = snapshot(name, [*MODEL_FILES, weights], f"model {name!r}", advice)
         if any(folder.glob(weights)):
             break
     return folder
@@ -124,16 +124,17 @@ def hub_reachable(seconds=HUB_SECONDS):
     return bool(answers)
 
 
-def snapshot(name, patterns, what, help, repo_type="model"):
+def snapshot(name, patterns, what, advice, repo_type="model"):
     """Files of a repository on the hub: from huggingface_hub's cache if it has them all.
 
     Args:
         name: hub id, with or without @REVISION; REVISIONS says what is loaded without.
-        patterns: list of file patterns. what, help: of the message, what is fetched, what to do.
+        patterns: list of patterns of file names.
+        what, advice: for the message: what is fetched, and what to do if it cannot be.
         repo_type: "model" or "dataset".
 
     Returns:
-        pathlib.Path of a folder with the files, read-only for us: the cache's own.
+        pathlib.Path of the cache's own folder with the files, which nobody here writes to.
 
     Raises:
         ConnectionError: not in the cache, and the hub does not answer or would not give it.
@@ -147,10 +148,10 @@ def snapshot(name, patterns, what, help, repo_type="model"):
         here = huggingface_hub.snapshot_download(
             repo, **how, allow_patterns=patterns, local_files_only=True
         )
-        huggingface_hub.get_cached_repo_tree(repo, **how)  # then it was seen to be complete
+        huggingface_hub.get_cached_repo_tree(repo, **how)  # with this list, it is complete
         return pathlib.Path(here)
-    except FileNotFoundError:  # nothing, a part, or files that another program has fetched
-        pass
+    except (FileNotFoundError, huggingface_hub.errors.CachedRepoTreeNotFoundError):
+        pass  # nothing, a part, or files that another program has fetched one by one
     except ValueError as error:  # no name that a repository can have
         raise FileNotFoundError(f"no {what}: {one_line(error)}") from error
     if hub_reachable():
@@ -161,7 +162,8 @@ def snapshot(name, patterns, what, help, repo_type="model"):
     if here:
         return pathlib.Path(here)
     raise ConnectionError(
-        f"{what} is neither here nor in the cache, and the Hugging Face hub does not answer: {help}"
+        f"{what} is neither here nor in the cache, and the Hugging Face hub does not answer: "
+        f"{advice}"
     )
 
 
