@@ -209,14 +209,9 @@ class Block(nn.Module):
         k = self.split_heads(self.k_proj(x))  # (b, h, t, d / h)
         v = self.split_heads(self.v_proj(x))  # (b, h, t, d / h)
         # SA = W_o [softmax(Q K^T / sqrt(d / h) + mask) V for each head]
-        h = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if causal else key_mask,  # padding is on the right: causal hides it
-            is_causal=causal,
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )
+        mask = None if causal else key_mask  # padding is on the right: causal hides it
+        p = self.config.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         return self.out_proj(h.transpose(1, 2).flatten(2))  # (b, 1 or t, d)
 
     def split_heads(self, x):

@@ -299,26 +299,15 @@ def load_tokenizer(folder, family, vocab_size):
         FileNotFoundError: none of the three. ValueError: unreadable, a special token is missing, or
             ids beyond the model's embedding.
     """
-    folder = Path(folder)
+    record = FAMILIES[family]
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = byte_level_bpe(folder, FAMILIES[family].specials)
-        elif (folder / "vocab.txt").is_file():
-            tokenizer = word_piece(folder)
-        else:
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer: expected tokenizer.json, vocab.json + merges.txt, or "
-                "vocab.txt"
-            )
+        tokenizer = read_tokenizer(Path(folder), record.specials)
     except FileNotFoundError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    record = FAMILIES[family]
     absent = [t for t in record.needed if tokenizer.token_to_id(t) is None]
     if absent:
         raise ValueError(
@@ -337,6 +326,19 @@ def load_tokenizer(folder, family, vocab_size):
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in sorted(specials)],
     )
     return tokenizer
+
+
+def read_tokenizer(folder, specials):
+    """The tokenizer in whichever files are there, without the family's template."""
+    if (folder / "tokenizer.json").is_file():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return byte_level_bpe(folder, specials)
+    if (folder / "vocab.txt").is_file():
+        return word_piece(folder)
+    raise FileNotFoundError(
+        f"{folder} has no tokenizer: expected tokenizer.json, vocab.json + merges.txt, or vocab.txt"
+    )
 
 
 def byte_level_bpe(folder, specials):

@@ -160,6 +160,8 @@ def test_sizes_that_no_tensor_confirms(tmp_path):
     folder = tiny.bert_folder(tmp_path / "model", tensors, intermediate_size=10**18)
     complaint = read(load_pretrained, str(folder))[1]
     assert "layers.0.fc1.weight is missing (encoder.layer.0.intermediate" in complaint
+    folder = tiny.bert_folder(tmp_path / "model", num_hidden_layers=3)
+    assert "there are 2 layers, config.json says 3" in read(load_pretrained, str(folder))[1]
 
 
 @FAST
