@@ -2,14 +2,19 @@
 fit."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
 from model import Config, load_pretrained
-from support import download
+from support import download, hf_folder
 
 
 def forward(m):
@@ -260,6 +265,46 @@ def test_tokenizer_that_does_not_fit(tmp_path):
     (folder / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         load_pretrained(str(folder))
+
+
+TEXTS = st.lists(st.text() | st.text("aAé 中'\u3000\n.,?##th"), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(texts=TEXTS, lower=st.booleans(), strip=st.sampled_from([None, True, False]))
+def test_word_pieces_part_by_part(texts, lower, strip):
+    """The library's builder against the parts that make BERT's tokenizer, put together here."""
+    tokens = [*tiny.SPECIALS, *tiny.LETTERS, "A", "é", "中", "th", *(f"##{c}" for c in "aAthé")]
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"do_lower_case": lower, "strip_accents": strip}
+        (Path(folder) / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(options))
+        ours = hf_folder.load_tokenizer(folder, "bert", 90)
+    vocab = {t: i for i, t in enumerate(tokens)}
+    parts = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    parts.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower, strip_accents=strip)
+    parts.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    parts.add_special_tokens(list(tiny.SPECIALS))
+    for text in texts:
+        assert ours.encode(text).ids == [2, *parts.encode(text).ids, 3]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(texts=TEXTS)
+def test_bytes_and_merges_part_by_part(texts):
+    specials = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate([*specials, *alphabet, "th"])}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\nt h\n")
+        ours = hf_folder.load_tokenizer(folder, "roberta", 300)
+    parts = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "h")]))
+    parts.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts.add_special_tokens(list(specials[:4]))
+    for text in texts:
+        assert ours.encode(text).ids == [0, *parts.encode(text).ids, 2]
+    assert ours.encode("th <mask>").ids == [0, vocab["th"], 4, 2]  # the space is part of <mask>
 
 
 def test_pairs_of_bert_have_types(tmp_path):

@@ -236,6 +236,14 @@ def test_one_line(text):
         assert said.split() == text.split()
 
 
+def test_one_line_of_what_others_say():
+    assert (
+        one_line(OSError("cut\r\nshort \u2028 \x1b[1mnow\x1b[0m"))
+        == "cut short \\x1b[1mnow\\x1b[0m"
+    )
+    assert one_line(EOFError()) == "EOFError" and one_line("a" * 9, limit=4) == "aaa…"
+
+
 @FAST
 @given(changes=CHANGES)
 def test_safetensors(tmp_path, changes):
