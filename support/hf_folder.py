@@ -19,8 +19,8 @@ checkpoints (run_folder.py), fetch (download.py).
 """
 
 import json
-import pickle
 import re
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -113,26 +113,29 @@ def read_file(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # its own kind, or the operating system's
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
-    except pickle.UnpicklingError as error:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, of formats that it will refuse
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # many kinds: zip, pickle, EOF, runtime
         raise ValueError(f"{path} {why_not_loaded(error)}") from error
-    except Exception as error:  # torch.load raises many kinds: zip, EOF, runtime
-        raise ValueError(
-            f"{path} is damaged, or not a file of tensors: {one_line(error)}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-        raise ValueError(f"{path} is not a dict of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{path} is not a dict of tensors with names")
     return tensors
 
 
 def why_not_loaded(error):
     """What torch.load(weights_only=True) found, without its advice to switch the safety off."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))  # the function or class that is asked for
+    said = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", said)  # what the file asks to be called
     if found:
-        return f"holds code ({found[1]}), refused: nothing of it was run"
-    return "is damaged, or holds something else than tensors, refused: nothing of it was run"
+        return f"holds code ({found[1] or found[2]}), refused: nothing of it was run"
+    if "weights_only" in said:
+        return "is damaged, or holds something else than tensors, refused: nothing of it was run"
+    return f"is damaged, or not a file of tensors: {one_line(error)}"
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -301,7 +304,7 @@ def load_tokenizer(folder, family, vocab_size):
     """
     record = FAMILIES[family]
     try:
-        tokenizer = read_tokenizer(Path(folder), record.specials)
+        tokenizer = read_tokenizer(Path(folder), record)
     except FileNotFoundError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
@@ -328,14 +331,14 @@ def load_tokenizer(folder, family, vocab_size):
     return tokenizer
 
 
-def read_tokenizer(folder, specials):
+def read_tokenizer(folder, record):
     """The tokenizer in whichever files are there, without the family's template."""
     if (folder / "tokenizer.json").is_file():
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return byte_level_bpe(folder, specials)
+        return byte_level_bpe(folder, record.specials)
     if (folder / "vocab.txt").is_file():
-        return word_piece(folder)
+        return word_piece(folder, record.needed)
     raise FileNotFoundError(
         f"{folder} has no tokenizer: expected tokenizer.json, vocab.json + merges.txt, or vocab.txt"
     )
@@ -352,12 +355,16 @@ def byte_level_bpe(folder, specials):
     return tokenizer
 
 
-def word_piece(folder):
+def word_piece(folder, needed):
     """BERT's: words, lower-cased unless tokenizer_config.json says no, then word pieces."""
     path = folder / "tokenizer_config.json"
     options = read_json(path) if path.is_file() else {}
-    built = BertWordPieceTokenizer.from_file(
-        str(folder / "vocab.txt"),
+    vocab = tokenizers.models.WordPiece.read_file(str(folder / "vocab.txt"))
+    absent = [token for token in needed if token not in vocab]
+    if absent:
+        raise ValueError(f"vocab.txt lacks {', '.join(absent)}")
+    built = BertWordPieceTokenizer(
+        vocab,
         lowercase=options.get("do_lower_case", True),
         strip_accents=options.get("strip_accents"),
         handle_chinese_chars=options.get("tokenize_chinese_chars", True),

@@ -142,6 +142,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/hf_folder.py", "not tensor.isfinite().all()", "not stored.isfinite().all()", "overflow on the way to float32", f"{READERS}::test_tensors_that_are_no_plain_numbers"),
     ("support/hf_folder.py", "    except RecursionError as error:", "    except KeyError as error:", "brackets in brackets", f"{READERS}::test_brackets_in_brackets"),
     ("support/hf_folder.py", "if not isinstance(shard, str)]", "if shard is None]", "an index that names no files", f"{READERS}::test_index_of_shards"),
+    ("support/hf_folder.py", 'r"GLOBAL ([\\w.]+)|(TorchScript)"', 'r"(nothing)|(at all)"', "a pickle with code is called damaged", f"{READERS}::test_pickles_with_code"),
     ("support/errors.py", '" ".join(said[: 20 * limit].split())', "said", "messages keep their line breaks, escaped", f"{READERS}::test_one_line_of_what_others_say"),
     ("support/download.py", "        huggingface_hub.get_cached_repo_tree(repo, **how)  #", "        #", "a part of a model taken for the whole", f"{FOLDER}::test_a_part_of_a_model_is_not_taken_for_the_whole"),
     ("support/download.py", "revision or REVISIONS.get(repo)", "revision", "the newest in place of the pinned", f"{FOLDER}::test_fetching_from_the_hub"),

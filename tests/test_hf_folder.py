@@ -259,8 +259,14 @@ def test_tokenizer_that_does_not_fit(tmp_path):
         file.write("\n".join(f"word{i}" for i in range(50)))
     with pytest.raises(ValueError, match="do not belong together"):
         load_pretrained(str(folder))
-    (folder / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\na\n")
-    with pytest.raises(ValueError, match=r"lacks \[UNK\], which bert needs"):
+    (folder / "vocab.txt").write_text("[PAD]\n[CLS]\na\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt lacks \[SEP\], \[UNK\]"):
+        load_pretrained(str(folder))
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[SEP\], \[UNK\], which bert needs"):
+        load_pretrained(str(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"vocab\.txt lacks"):
         load_pretrained(str(folder))
     (folder / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):

@@ -180,6 +180,7 @@ class Code:
         return pytest.fail, ("code in a file was run",)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript itself
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_with_code(tmp_path, zipped):
     """Never run, called what it is, and no advice of torch's to switch the safety off."""
@@ -190,6 +191,10 @@ def test_pickles_with_code(tmp_path, zipped):
     assert "weights_only" not in complaint and "safe_globals" not in complaint
     path.write_bytes(b"\x80\x02}q\x00X\x05")
     assert "holds code" not in read(hf_folder.read_file, path)[1]
+    torch.save({1: torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    assert "not a dict of tensors with names" in read(hf_folder.read_file, path)[1]
+    torch.jit.script(torch.nn.ReLU()).save(str(path))
+    assert "holds code (TorchScript)" in read(hf_folder.read_file, path)[1]
 
 
 @FAST
