@@ -10,10 +10,10 @@ import lora
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
-from faults import same
 from support import run_state
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
+from tools.faults import same
 
 TARGETS = ("q_proj", "fc1")
 

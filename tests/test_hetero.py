@@ -11,10 +11,10 @@ import allocate
 import lora
 import tiny
 import train
-from faults import same
 from support import hetero, run_folder
 from support.flags import PRESETS, parse_flags
 from test_train import whole_and_interrupted
+from tools.faults import same
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
 def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     import matplotlib.pyplot as plt
 
-    import plot
+    from tools import plot
 
     out = tmp_path / "run"
     train.main([*flags, "--allocate", mode, "--out", str(out)])

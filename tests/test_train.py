@@ -10,9 +10,9 @@ import torch
 import lora
 import tiny
 import train
-from faults import same
 from support import report, run_folder, run_state
 from support.flags import parse_flags as flags_of
+from tools.faults import same
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ logit."""
 import json
 from contextlib import ExitStack
 
+import peft
 import pytest
 import torch
 import transformers
 
 import lora
-import peft
 import tiny
 import train
 from peer_models import build_pair

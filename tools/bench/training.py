@@ -122,9 +122,8 @@ def floor(config, batches):
 
 def train(rounds, out, task, data_dir):
     """Lines of the "train" table; the picture goes to out."""
-    import transformers
-
     import peft
+    import transformers
 
     base, tokenizer = load_pretrained("minilm")
     ours = adapted(base)
@@ -175,9 +174,8 @@ def minilm_peak(side, task, data_dir):
 
 def memory(rounds, out, task, data_dir):
     """Lines of the "memory" table."""
-    import transformers
-
     import peft
+    import transformers
 
     calls = {side: f"minilm_peak({side!r}, {task!r}, {data_dir!r})" for side in (PEER, OURS)}
     peaks = {side: [] for side in calls}
@@ -264,9 +262,8 @@ def point(rounds, **size):
 
 def scale(rounds, out):
     """Lines of the "scale" table; the picture goes to out."""
-    import transformers
-
     import peft
+    import transformers
 
     lines = [
         "| size | ours, ms a step | PEFT's time / ours | ours, peak MiB | PEFT's peak / ours |",
