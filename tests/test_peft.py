@@ -364,6 +364,46 @@ def test_command_line(tmp_path, capsys):
     assert "is no PEFT adapter" in capsys.readouterr().err
 
 
+def made_up_run(folder, flags=(), tensors=(), about=None):
+    """A run folder of one module of rank 2, with changes; about: the metadata in its adapter."""
+    folder.mkdir()
+    given = {"model": "base", "lora_dropout": 0.0, "shortcuts": "none", "shortcut_norm": "none"}
+    run_folder.write_json(folder / "config.json", {"flags": {**given, **dict(flags)}})
+    name = "layers.0.q_proj"
+    content = {f"{name}.lora_A": torch.ones(2, 12), f"{name}.lora_B": torch.ones(12, 2)}
+    content |= dict(tensors)
+    about = {name: {"r": 2, "scaling": 0.5, "enabled": True}} if about is None else about
+    run_folder.save_adapter(folder, content, about)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"about": {"layers.1.q_proj": {"scaling": 1, "enabled": True}}}, "is not the adapter of"),
+        ({"about": {"layers.0.q_proj": {"enabled": True}}}, "is not the adapter of a run"),
+        ({"about": [1]}, "is not the adapter of a run"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12, 3)}}, "do not multiply"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12)}}, "do not multiply"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.full((12, 2), math.nan)}}, "is not finite"),
+        ({"flags": {"shortcuts": "all", "shortcut_norm": "reuse"}}, "LayerNorms that no transf"),
+    ],
+)
+def test_a_run_that_does_not_export_is_one_line(tmp_path, changes, message, capsys):
+    run = made_up_run(tmp_path / "run", **changes)
+    assert tool.main(["export", str(run), str(tmp_path / "out"), "--keep-shortcuts"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_a_version_without_a_flag(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    run_folder.write_json(run / "config.json", {"flags": {"model": "base", "shortcuts": "none"}})
+    with pytest.raises(ValueError, match=r"has no flag lora_dropout, shortcut_norm$"):
+        writing.export(run, tmp_path / "out")
+
+
 def test_pickled_code_is_not_executed(folder, model):
     class Evil:
         def __reduce__(self):

@@ -254,13 +254,13 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         the content of adapter_config.json.
 
     Raises:
-        ValueError: shortcuts that a stock model has no place for, another LayerNorm than a stock
-            model's (--shortcut-norm reuse), or nothing on. OSError: see read_run, write_peft.
+        ValueError: shortcuts that a stock model has no place for, --shortcut-norm reuse, or
+            nothing on. OSError: see read_run, write_peft.
     """
     flags, pairs, head = read_run(run)
+    if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
+        raise ValueError("--shortcut-norm reuse adds LayerNorms that no transformers model has")
     if not keep_shortcuts:
-        if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
-            raise ValueError("--shortcut-norm reuse adds LayerNorms that a stock model lacks")
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
     family = hf_folder.read_config(download.model_folder(name)).get("model_type")
