@@ -1,5 +1,4 @@
-"""tools/peft against PEFT: what we export PEFT loads, and what PEFT saves we load, with the same
-logits."""
+"""tools/peft against PEFT: what we export PEFT loads, what PEFT saves we load: equal logits."""
 
 import json
 from contextlib import ExitStack
