@@ -1,24 +1,20 @@
-"""Which modules are on: scores and a budget in, a set of names out (arXiv 2406.14956;
-dyrealloc_callback.py).
+"""Which modules are on: scores and a budget in, a set of names out (arXiv 2406.14956).
 
     keep_top        the paper's budget: a fraction of the modules, the best by score
     within_budget   an exact number of trainable parameters, the best set there is (0/1 knapsack)
-    ranks_within_budget, uniform_ranks   the same parameters spent on ranks: each module gets r_i in
-    0 … r
-    Reallocator     when to decide (static, dynamic), what was decided, and the generator of the
-    ties
-    grid            a plan as text
+    Reallocator     when to decide (static, dynamic), what was decided, the generator of the ties
+    grid            a decision as text
 
     name   | symbol | meaning
     keep   | p      | fraction of the modules that are on; n_l LoRA modules, n_s shortcuts
-    cost   |        | trainable parameters of a module, r (in + out); of one rank, in + out
+    cost   |        | trainable parameters of a module, r (in + out)
+    budget |        | what is to be spent: a number of trainable parameters
 
 Names are those of lora.adapters ("layers.3.q_proj"). Every function takes names and numbers only,
-so that it can be checked by brute force; ties come from a generator that is passed in, and do not
-depend on the order of the names.
+so that it can be checked by brute force. Ties come from a generator that is passed in, and do not
+depend on the order of the names. The rules are those of the released dyrealloc_callback.py.
 
-What this file does not do: touch a model or a tensor of one (train.py switches modules on and off),
-compute scores.
+What this file does not do: touch a model or a tensor of one (lora.switch does), compute scores.
 """
 
 import math
@@ -26,12 +22,12 @@ import math
 import numpy as np
 import torch
 
-SHORTCUTS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
 BASELINES = ("random", "size")
 
 
 def is_shortcut(name):
-    return name.rpartition(".")[2] in SHORTCUTS
+    """Whether a module sits on a shortcut: residual_1, residual_2, shortcut_sa, shortcut_ffn."""
+    return name.rpartition(".")[2].startswith(("residual_", "shortcut_"))
 
 
 def shuffled(names, generator):
@@ -71,15 +67,34 @@ def top(scores, count, generator):
     return above | set(shuffled(tied, generator)[: count - len(above)])
 
 
+def keep_counts(names, keep):
+    """How many LoRA modules and how many shortcuts a fraction keeps.
+
+    Python's round takes halves to the even number, as the released code does.
+
+    Raises:
+        ValueError: keep out of range, or nothing to keep.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}, allowed: 0 < keep <= 1")
+    shortcuts = sum(map(is_shortcut, names))
+    # floor(p n_l) LoRA modules, round(p n_s) shortcuts
+    counts = math.floor(keep * (len(names) - shortcuts)), round(keep * shortcuts)
+    if sum(counts) == 0:
+        raise ValueError(
+            f"keep {keep} of {len(names)} modules is none: raise it, or adapt more modules"
+        )
+    return counts
+
+
 def keep_top(scores, keep=0.25, together=True, generator=None):
-    """The best floor(p n_l) + round(p n_s) modules (the released rule; Python's round, half to
-    even).
+    """The best floor(p n_l) + round(p n_s) modules: the paper's budget.
 
     Args:
         scores: dict name -> float; larger = keep.
         keep: p, 0 < p <= 1.
-        together: one ranking of LoRA modules and shortcuts (released: "combined"), else floor(p
-            n_l) LoRA modules and round(p n_s) shortcuts, ranked apart ("separated").
+        together: one ranking of LoRA modules and shortcuts (released: "combined"); else
+            floor(p n_l) LoRA modules and round(p n_s) shortcuts, ranked apart ("separated").
         generator: torch.Generator for ties; None = one that is seeded with 0.
 
     Returns:
@@ -89,19 +104,13 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
         ValueError: keep out of range, no scores, a score that is not finite (the released code
             switches on the first modules of an all-NaN list), or nothing to keep.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep}, allowed: 0 < keep <= 1")
     refuse_not_finite(scores)
+    n_modules, n_shortcuts = keep_counts(scores, keep)
     generator = generator or torch.Generator().manual_seed(0)
-    modules = {name: value for name, value in scores.items() if not is_shortcut(name)}
-    shortcuts = {name: value for name, value in scores.items() if is_shortcut(name)}
-    n_modules, n_shortcuts = math.floor(keep * len(modules)), round(keep * len(shortcuts))
-    if n_modules + n_shortcuts == 0:
-        raise ValueError(
-            f"keep {keep} of {len(scores)} modules is none: raise it, or adapt more modules"
-        )
     if together:
         return top(scores, n_modules + n_shortcuts, generator)
+    modules = {name: value for name, value in scores.items() if not is_shortcut(name)}
+    shortcuts = {name: value for name, value in scores.items() if is_shortcut(name)}
     return top(modules, n_modules, generator) | top(shortcuts, n_shortcuts, generator)
 
 
@@ -220,51 +229,6 @@ def fill_up(values, weights, room, start):
     return lower + (room - sum_w[stop]) * per_weight[stop], lower
 
 
-# -------------------------------------------------------------------------------------------- ranks
-
-
-def ranks_within_budget(rank_scores, rank_costs, budget, generator=None):
-    """Each module gets r_i in {0 … r}: the best rank-one parts that fit, an exact 0/1 knapsack.
-
-    Args:
-        rank_scores: dict name -> list of r floats, the saliency of each rank-one part.
-        rank_costs: dict name -> int, parameters of one rank, in + out.
-        budget, generator: as in within_budget.
-
-    Returns:
-        dict name -> sorted list of the ranks (indices into 0 … r - 1) that are kept; [] = off.
-
-    Raises:
-        ValueError: as within_budget.
-    """
-    scores, costs = {}, {}
-    for name, parts in rank_scores.items():
-        for k, saliency in enumerate(parts):
-            scores[f"{name}/{k}"], costs[f"{name}/{k}"] = saliency, rank_costs[name]
-    chosen = within_budget(scores, costs, budget, generator)
-    return {
-        name: [k for k in range(len(parts)) if f"{name}/{k}" in chosen]
-        for name, parts in rank_scores.items()
-    }
-
-
-def uniform_ranks(rank_costs, r, budget):
-    """The baseline: every module on, at the largest equal rank that fits.
-
-    Args:
-        rank_costs: dict name -> int. r: int, the rank that modules have. budget: parameters.
-
-    Returns:
-        dict name -> [0 … r' - 1].
-
-    Raises:
-        ValueError: not even rank 1 fits.
-    """
-    one = sum(rank_costs.values())
-    check_budget(budget, {"rank 1 everywhere": one})
-    return {name: list(range(min(r, int(budget // one)))) for name in rank_costs}
-
-
 # ------------------------------------------------------------------------------- when, and what was
 
 
@@ -278,28 +242,47 @@ class Reallocator:
         budget: number of adapter parameters, or None.
         every: fraction of an epoch between two decisions.
         together: as in keep_top.
-        generator: torch.Generator, for ties and for the baseline "random".
+        generator: torch.Generator, for ties and for the baseline "random"; None = seeded with 0.
+        parts: int, into how many equal parts a module can be divided (single ranks: r).
+
+    Raises:
+        ValueError: no decision is possible: keep or budget is out of range or keeps nothing.
     """
 
-    def __init__(self, costs, mode, keep, budget, every, together, generator):
+    def __init__(
+        self,
+        costs,
+        *,
+        mode,
+        keep=0.25,
+        budget=None,
+        every=1.0,
+        together=True,
+        generator=None,
+        parts=1,
+    ):
         self.costs, self.mode, self.keep, self.budget = costs, mode, keep, budget
-        self.every, self.together, self.generator = every, together, generator
+        self.every, self.together = every, together
+        self.generator = generator or torch.Generator().manual_seed(0)
         self.history = []
+        if budget is None:
+            keep_counts(costs, keep)
+        else:
+            check_budget(budget, {name: cost // parts for name, cost in costs.items()})
 
     def due(self, step, step_in_epoch, steps_per_epoch):
         """Whether to decide before this step.
 
         Static: before the first. Dynamic: at every ceil(every * steps_per_epoch) steps, counted
-        anew in each epoch, the first before the first update (dyrealloc_callback.py: batch_idx % N
-        == 0).
+        anew in each epoch, the first before the first update (released: batch_idx % N == 0).
         """
         if self.mode == "static":
             return step == 0
         exact = round(self.every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
         return step_in_epoch % max(1, math.ceil(exact)) == 0
 
-    def decide(self, scores, step, epoch):
-        """Choose from scores, and record it; returns the set of names that are on."""
+    def choose(self, scores, step, epoch):
+        """A decision from scores, put on record; returns the set of names that are on."""
         if self.budget is None:
             on = keep_top(scores, self.keep, self.together, self.generator)
         else:
@@ -324,8 +307,7 @@ class Reallocator:
 
 
 def grid(levels, costs, budget=None):
-    """A plan as text: one row per type of module, one column per layer, and the sum against the
-    budget.
+    """A decision as text: a row for each place, a column for each block; and what it spends.
 
     Args:
         levels: dict name -> share of the module that is on: 0 … 1 (on/off, or r_i / r).
@@ -333,15 +315,15 @@ def grid(levels, costs, budget=None):
         budget: number of parameters, or None.
 
     Returns:
-        str of several lines; · = off, ░ ▒ ▓ █ = up to 25, 50, 75, 100 % of the rank, space = no
+        str of several lines; · = off, ░ ▒ ▓ █ = up to 25, 50, 75, 100 % of the ranks, space = no
         such module.
     """
     places = list(dict.fromkeys(name.rpartition(".")[2] for name in levels))
-    layers = 1 + max(int(name.split(".")[1]) for name in levels)
+    blocks = 1 + max(int(name.split(".")[1]) for name in levels)
     shade = " ░▒▓█"
     lines = []
     for place in places:
-        cells = [levels.get(f"layers.{i}.{place}") for i in range(layers)]
+        cells = [levels.get(f"layers.{i}.{place}") for i in range(blocks)]
         text = "".join(
             " " if c is None else "·" if c == 0 else shade[math.ceil(4 * c)] for c in cells
         )

@@ -1,7 +1,7 @@
-"""Delta-LoRA (arXiv 2309.02411, Algorithm 1): the frozen weight also moves, by the change of B A.
+"""Delta-LoRA: the frozen weight also moves, by the change of B A (arXiv 2309.02411, Algorithm 1).
 
     forward     h = W_t x + s B_t A_t x,     s = lora_alpha / r, no dropout on the branch
-    step        A, B by the optimizer (AdamW); W has no gradient and no moments
+    step        A and B by the optimizer (AdamW); W has no gradient and no moments
     t > K       W_{t+1} = W_t + lambda s (B_{t+1} A_{t+1} - B_t A_t)
 
     name            | symbol     | shape
@@ -11,25 +11,26 @@
     old_A, old_B    | A_t, B_t   | (r, in), (out, r)  copies, taken before the optimizer's step
     begin, end      | P_begin, … | (A, B) where a stretch of moving W began and ended
 
-WHEN. As Algorithm 1 is written, t from 0 and the strict t > K: start=K moves W first after
-optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), P(n) = B A after n steps. start=-1 moves
-it from the first step on.
+When W moves. Algorithm 1 counts t from 0 and asks for t > K, strictly. So with start=K the weight
+moves first after optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), where P(n) is B A after
+n steps. start=-1 moves it from the first step on.
 
-WHAT IT IS. The increments telescope: after T steps W_T - W_0 = lambda s (P_T - P_{K+1}). So the
-effective weight W_0 + (1 + lambda) s P_T - lambda s P_{K+1} is W_0 plus a matrix of rank <= 2r (<=
-r with start=-1): an ordinary LoRA adapter, which export() returns. The update is not "high-rank" in
-the end, whatever the path.
+What it comes to. The changes telescope: after T steps W_T - W_0 = lambda s (P_T - P_{K+1}). The
+effective weight is therefore W_0 + (1 + lambda) s P_T - lambda s P_{K+1}: W_0 plus a matrix of rank
+2r at most (r with start=-1). That is an ordinary LoRA adapter, and export() returns it. Whatever
+the path, the total update is not "high-rank".
 
-WITH AN ALLOCATION. A module that is off does not move W, and keeps what W has. Its stretch ends
-with the switch, and is kept; when it returns a new one begins from the pair as it is then. Over all
-stretches W_T - W_0 = lambda s sum (P_end - P_begin): what returns unchanged cancels, and the rank
-is <= 2r again.
+With an allocation. A module that is off does not move W, and W keeps what it has. The module's
+stretch ends with the switch, and is kept; when the module returns, a new stretch begins from its
+pair as it is then. Over all stretches W_T - W_0 = lambda s sum (P_end - P_begin). A pair that
+returns unchanged cancels, and the rank is 2r at most again.
 
-"Adapter off" is W_T, not W_0. Merging is W_T + s B A, scale s: W_T holds the lambda part already.
+Two things to know. With the adapter off the model computes with W_T, not W_0. And merging gives
+W_T + s B A, with scale s: W_T holds the lambda part already.
 
-deviates: nothing. What this file does not do: dropout on the branch (refused: it makes dL/d(BA)
-differ from s dL/dW, the reason for which the paper removes it), weights of 16 bits or less, tied
-weights.
+deviates: nothing. What this file does not do: dropout on the branch (refused: with it dL/d(BA) is
+no longer s dL/dW, the reason for which the paper removes it), weights of 16 bits or less, weights
+that two layers share.
 """
 
 import math
@@ -42,17 +43,17 @@ from lora import adapters
 
 
 def delta_update_(weight, new_A, new_B, old_A, old_B, coefficient):
-    """W <- W + coefficient (B' A' - B A), in place, one addmm_: no (out, in) temporary.
-
-    B' A' - B A = [B', -B] [A'; A]        (Algorithm 1, the last line of the loop)
+    """Move a weight by the change of B A, in place (Algorithm 1, the last line of the loop).
 
     Args:
         weight: (out, in), changed in place.
         new_A, new_B: (r, in), (out, r) after the optimizer's step. old_A, old_B: before it.
         coefficient: lambda s.
     """
+    # B' A' - B A = [B', -B] [A'; A]: one product of thin matrices
     left = torch.cat([new_B, -old_B], dim=1)  # (out, 2r)
     right = torch.cat([new_A, old_A], dim=0)  # (2r, in)
+    # W <- W + lambda s (B' A' - B A), without an (out, in) temporary
     weight.addmm_(left, right, alpha=coefficient)
 
 
@@ -111,16 +112,14 @@ def combine(terms):
 class DeltaLoRA:
     """Two calls around optimizer.step(): before_step() copies A and B, after_step() moves W.
 
-    Once per optimizer step, never per micro-batch and never in forward. Only modules with a linear
-    base, and only while they are on.
+    They belong around every optimizer step, never around a micro-batch and never into forward. W
+    moves where a module has a linear base, and only while the module is on.
 
     Args:
         model: model.Transformer with adapters, its weights frozen.
         ratio: lambda.
         start: K; W first moves after optimizer step K + 2; -1 = from the first.
-        lazy: leave W_0 alone and let the forward pass add lambda s (sg[B A] - P_begin) x, sg = no
-            gradient to A and B: the same losses on a base that is shared or read-only, for two more
-            pairs of thin products in each module.
+        lazy: leave W_0 alone, and let the forward pass add the same change; see lazy_hook.
 
     Raises:
         ValueError: see refuse_unsuitable.
@@ -129,27 +128,25 @@ class DeltaLoRA:
     def __init__(self, model, ratio=0.5, start=500, lazy=False):
         layers = adapters(model)
         refuse_unsuitable(model, layers, ratio, start, lazy)
-        self.layers = {n: a for n, a in layers.items() if isinstance(a.base, nn.Linear)}
+        self.adapters = {n: a for n, a in layers.items() if isinstance(a.base, nn.Linear)}
         self.ratio, self.start, self.lazy = ratio, start, lazy
         self.t = 0  # optimizer steps done
         self.old = {}  # name -> (A_t, B_t) of the step that is under way
         self.begin = {}  # name -> (A, B) where the stretch that is open began
-        self.ended = {
-            name: [] for name in self.layers
-        }  # name -> [(A, B, sign)] of those that ended
+        self.ended = {name: [] for name in self.adapters}  # name -> [(A, B, sign)] of those before
         if lazy:
-            for name, layer in self.layers.items():
+            for name, layer in self.adapters.items():
                 hook = self.lazy_hook(name)
                 layer.base.register_forward_hook(hook)
 
     def pair(self, name):
-        layer = self.layers[name]
+        layer = self.adapters[name]
         return layer.lora_A.detach(), layer.lora_B.detach()
 
     def before_step(self):
         """Call after backward (and clipping), before optimizer.step()."""
         self.old = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.adapters.items():
             if not layer.enabled:
                 self.end_stretch(name)
             elif self.t > self.start:  # strict, t from 0: Algorithm 1
@@ -161,7 +158,7 @@ class DeltaLoRA:
         """Call after optimizer.step(): W <- W + lambda s (B' A' - B A)."""
         if not self.lazy:
             for name, (old_A, old_B) in self.old.items():
-                layer = self.layers[name]
+                layer = self.adapters[name]
                 coefficient = self.ratio * layer.scaling
                 delta_update_(layer.base.weight, *self.pair(name), old_A, old_B, coefficient)
         self.old = {}
@@ -174,40 +171,30 @@ class DeltaLoRA:
             self.ended[name] += [(*end, 1), (*self.begin.pop(name), -1)]
 
     def terms(self, name):
-        """W - W_0 = lambda s sum (P_end - P_begin) as [(A, B, c)], W - W_0 = sum c B A."""
+        """W - W_0 as a short sum: [(A, B, c)] with W - W_0 = sum c B A."""
         terms = list(self.ended[name])
         if name in self.begin:
             terms += [(*self.pair(name), 1), (*self.begin[name], -1)]
-        coefficient = self.ratio * self.layers[name].scaling
+        # W - W_0 = lambda s sum (P_end - P_begin)
+        coefficient = self.ratio * self.adapters[name].scaling
         return combine([(A, B, sign * coefficient) for A, B, sign in terms])
-
-    def lazy_hook(self, name):
-        """Adds lambda s sum sign B A x to what the untouched W_0 gives."""
-
-        def add(_module, inputs, output):
-            for A, B, c in self.terms(name):
-                thin = F.linear(inputs[0], A)  # (b, t, r)
-                output = output + F.linear(thin, c * B)  # (b, t, out)
-            return output
-
-        return add
 
     def export(self):
         """The whole result as an ordinary LoRA adapter on the original weights W_0.
 
-        B' = [(1 + lambda) s B_T, -lambda s B_begin, …], A' = [A_T; A_begin; …], scale 1; W is not
-        needed.
+        Its scale is 1, and W is not needed.
 
         Returns:
-            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, R = 0 for a module that never
+            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that never
             was on.
         """
         result = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.adapters.items():
             terms = self.terms(name)
             if layer.enabled:
                 terms = combine([(*self.pair(name), layer.scaling), *terms])
             A, B = self.pair(name)
+            # A' = [A_T; A_begin; …],  B' = [(1 + lambda) s B_T, -lambda s B_begin, …]
             result[name] = (
                 torch.cat([A[:0], *(A for A, _, _ in terms)]),  # (R, in)
                 torch.cat([B[:, :0], *(c * B for _, B, c in terms)], 1),  # (out, R)
@@ -216,27 +203,41 @@ class DeltaLoRA:
 
     @torch.no_grad()
     def back_to_pretrained(self):
-        """W_T -> W_0 by subtracting lambda s sum sign P: exact up to rounding (reload for the
-        bits).
+        """Take the change out of W again, exact up to rounding; reload the model for the bits.
 
-        A, B stay; stretches are forgotten, so that W can move anew.
+        A and B stay. The stretches are forgotten, so that W can move anew.
         """
-        for name, layer in self.layers.items():
+        for name, layer in self.adapters.items():
             if not self.lazy:
                 for A, B, c in self.terms(name):
+                    # W_0 = W_T - sum c B A
                     layer.base.weight.addmm_(B, A, alpha=-c)
             self.begin.pop(name, None)
             self.ended[name] = []
 
+    def weight_change(self):
+        """dict name -> ||W_t - W_0||_F, from the pairs alone: sqrt of sum over terms of <.,.>."""
+        norms = {}
+        for name in self.adapters:
+            total = 0.0
+            terms = [(A.double(), B.double(), c) for A, B, c in self.terms(name)]
+            for A, B, c in terms:
+                for other_A, other_B, other_c in terms:
+                    # <c B A, c' B' A'> = c c' sum (B^T B') o (A A'^T), of r x r matrices
+                    inner = ((B.T @ other_B) * (A @ other_A.T)).sum().item()
+                    total += c * other_c * inner
+            norms[name] = math.sqrt(max(0.0, total))
+        return norms
+
     def state(self):
-        """For a checkpoint: position, stretches, and W itself: only its bits resume to the bits."""
-        weights = {n: a.base.weight.detach() for n, a in self.layers.items() if not self.lazy}
+        """For a checkpoint: position, stretches, and W itself, without whose bits none resume."""
+        weights = {n: a.base.weight.detach() for n, a in self.adapters.items() if not self.lazy}
         return {"t": self.t, "begin": self.begin, "ended": self.ended, "weights": weights}
 
     @torch.no_grad()
     def load(self, state):
         """Put back what state() gave, on the model's device."""
-        device = next(iter(self.layers.values())).lora_A.device
+        device = next(iter(self.adapters.values())).lora_A.device
         self.t = state["t"]
         self.begin = {n: tuple(p.to(device) for p in pair) for n, pair in state["begin"].items()}
         self.ended = {
@@ -244,4 +245,21 @@ class DeltaLoRA:
             for n, terms in state["ended"].items()
         }
         for name, weight in state["weights"].items():
-            self.layers[name].base.weight.copy_(weight)
+            self.adapters[name].base.weight.copy_(weight)
+
+    # ------------------------------------------------- --delta-lazy yes; not for a first reading
+
+    def lazy_hook(self, name):
+        """A forward hook of a frozen base that adds W's change to what the untouched W_0 gives.
+
+        h = W_0 x + lambda s sum (P_end - P_begin) x, without a gradient to A and B: the same losses
+        on a base that is shared or read-only, for two more pairs of thin products in each module.
+        """
+
+        def add(_module, inputs, output):
+            for A, B, c in self.terms(name):
+                thin = F.linear(inputs[0], A)  # (b, t, r)
+                output = output + F.linear(thin, c * B)  # (b, t, out)
+            return output
+
+        return add

@@ -1,10 +1,14 @@
 """LoRA: a frozen layer plus a trainable low-rank pair (arXiv 2106.09685), by module replacement.
 
-One kind of module is the whole search space of HeteroLoRA (2406.14956): what differs is its base.
+One kind of module is the whole search space of HeteroLoRA (arXiv 2406.14956). What differs is its
+base:
 
-    layers.{i}.q_proj … fc2                base = the frozen nn.Linear
-    layers.{i}.residual_1, residual_2      base = identity: a LoRA-adapted residual connection
-    layers.{i}.shortcut_sa, shortcut_ffn   base = zero: a LoRA-adapted cross-layer shortcut
+    place                        | base                | what the module is
+    q_proj … fc2                 | the frozen nn.Linear | a LoRA-adapted linear layer
+    residual_1, residual_2       | the identity        | a LoRA-adapted residual connection
+    shortcut_sa, shortcut_ffn    | zero                | a LoRA-adapted cross-layer shortcut
+
+A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
 
     name        | symbol    | shape
     lora_A      | A         | (r, in)    kaiming_uniform(a=sqrt(5)): within 1/sqrt(in) of zero
@@ -13,14 +17,14 @@ One kind of module is the whole search space of HeteroLoRA (2406.14956): what di
     delta_w()   | ΔW        | (out, in)  scaling * B A
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
-embeddings, LayerNorm, convolutions or biases.
+embeddings, LayerNorm or biases.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import seeds
+from support import adapter_file, seeds
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 RESIDUALS = ("residual_1", "residual_2")
@@ -32,11 +36,11 @@ class Zero(nn.Module):
     """The base of a cross-layer shortcut: where there was no connection."""
 
     def forward(self, x):
-        return x.new_zeros(())  # scalar: broadcast by whatever is added to it
+        return x.new_zeros(())  # a scalar, which is broadcast by whatever is added to it
 
 
 class LoRALayer(nn.Module):
-    """h = base(x) + scaling * B A x        (arXiv 2106.09685, Eq. 3)
+    """A frozen base with a low-rank branch beside it (arXiv 2106.09685, Eq. 3).
 
     Args:
         base: nn.Linear, nn.Identity or Zero; frozen by mark_trainable.
@@ -63,7 +67,8 @@ class LoRALayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / r
-        # Row by row: the first rows are the same at every rank, and (as float32) in every dtype.
+        # A ~ U(-1/sqrt(in), 1/sqrt(in)), row by row: the first rows are the same at every rank,
+        # and drawn in float32 the same in every dtype.
         uniform = torch.rand(r, in_features, generator=generator)  # (r, in)
         bound = in_features**-0.5
         like = getattr(base, "weight", uniform)  # dtype and device
@@ -78,7 +83,11 @@ class LoRALayer(nn.Module):
 
     @property
     def enabled(self):
-        """Off: base(x) alone, no cost, no gradient; A and B are kept for when it returns."""
+        """Off: base(x) alone, no cost, no gradient; A and B are kept for when it returns.
+
+        A parameter that took no part in the forward pass has .grad None, and the optimizer leaves
+        it alone altogether: no step, no weight decay, no change of its moments.
+        """
         return self._enabled
 
     @enabled.setter
@@ -90,16 +99,23 @@ class LoRALayer(nn.Module):
         self._enabled = bool(value)
 
     def forward(self, x):
+        """(…, in) -> (…, out)."""
         if self.merged or not self.enabled:
             return self.base(x)
+        # h = base(x) + scaling * B (A dropout(x))
         h = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
         h = F.linear(h, self.lora_A)  # (b, t, r)
-        # scaling sits on the small factor: (out, r) numbers instead of (b, t, out)
+        # The scale sits on the small factor: (out, r) numbers instead of (b, t, out).
         return self.base(x) + F.linear(h, self.scaling * self.lora_B)  # (b, t, out)
 
     def delta_w(self):
-        """scaling * B A, (out, in)."""
+        """What the branch adds to the weight, (out, in)."""
+        # ΔW = scaling * B A
         return self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
+
+    def factors(self):
+        """The tensors that train, by name; another module may share some of them."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     def keep_ranks(self, kept):
         """Shrink to some of the rank-one parts; scaling stays: what is kept computes what it did.
@@ -115,6 +131,25 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(self.lora_B.detach()[:, kept].clone())  # (out, r)
         self.r = len(kept)
         self.lora_alpha = self.scaling * self.r
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A state_dict carries beside A and B what is on, and whether it is merged."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "lora_switches"] = torch.tensor([self.enabled, self.merged])
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
+        """Switch as the saved module was. ValueError: merged fits merged alone, or unmerged."""
+        switches = state_dict.pop(prefix + "lora_switches", None)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if switches is None:
+            missing.append(prefix + "lora_switches")
+            return
+        on, merged = switches.tolist()
+        if merged != self.merged:
+            raise ValueError(
+                "one of the two models is merged and the other is not: call unmerge(model) first"
+            )
+        self._enabled = on
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
@@ -132,67 +167,88 @@ def inject(
     shortcuts=(),
     shortcut_alpha=4,
     seed=0,
+    adapter=LoRALayer,
 ):
-    """Put a LoRALayer in place of each target, in every layer; the model changes in place.
+    """Put a LoRALayer in place of each target, in every block; the model changes in place.
 
     The initial lora_A of a module depends on (seed, its name) alone, whatever else is adapted.
 
     Args:
         model: model.Transformer.
-        targets: names out of LINEARS.
+        targets: places out of LINEARS.
         r, lora_alpha, lora_dropout: as in LoRALayer, for targets; r and lora_dropout for shortcuts
             too.
-        shortcuts: names out of RESIDUALS + CROSS. Layer 0 has no shortcut_ffn: nothing comes before
-            it.
+        shortcuts: places out of RESIDUALS + CROSS. Block 0 has no shortcut_ffn, since nothing
+            comes before it.
         shortcut_alpha: float, lora_alpha of the shortcuts.
         seed: int.
+        adapter: the class of what is put on the targets; shortcuts are LoRALayers always.
 
     Returns:
         adapters(model).
 
     Raises:
-        ValueError: an unknown name, nothing to adapt, a rank out of range, or a model that is
+        ValueError: an unknown place, nothing to adapt, a rank out of range, or a model that is
             injected.
     """
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
-        for name in given:
-            if name not in allowed:
-                raise ValueError(f"unknown target {name!r}, allowed: {', '.join(allowed)}")
+        for place in given:
+            if place not in allowed:
+                raise ValueError(f"unknown target {place!r}, allowed: {', '.join(allowed)}")
     if not targets and not shortcuts:
         raise ValueError(f"nothing to adapt: name at least one target out of {', '.join(LINEARS)}")
     if adapters(model):
         raise ValueError(
             "the model has LoRA modules already: inject once, into a freshly loaded model"
         )
-    d = model.config.hidden_size
     new = {}
-    for i, block in enumerate(model.layers):
+    for i in range(len(model.layers)):
         for place in LINEARS + RESIDUALS + CROSS:
             if place not in (*targets, *shortcuts) or (place == "shortcut_ffn" and i == 0):
                 continue
             name = f"layers.{i}.{place}"
-            base = getattr(block, place) or Zero()
-            if place in LINEARS:
-                sizes, alpha = (base.in_features, base.out_features), lora_alpha
-            else:
-                sizes, alpha = (d, d), shortcut_alpha
+            linear = place in LINEARS
+            kind, alpha = (adapter, lora_alpha) if linear else (LoRALayer, shortcut_alpha)
             rng = seeds.generator(seed, f"lora_A/{name}")
-            new[name] = LoRALayer(base, *sizes, r, alpha, lora_dropout, rng)
+            new[name] = kind(*base_of(model, name), r, alpha, lora_dropout, rng)
     for name, layer in new.items():  # only now: a refused rank leaves the model as it was
-        parent, _, place = name.rpartition(".")
-        setattr(model.get_submodule(parent), place, layer.to(model.word_embeddings.weight))
+        put(model, name, layer)
     return adapters(model)
 
 
+def base_of(model, name):
+    """(base, in_features, out_features) of a module that is to be, by its name."""
+    block, _, place = name.rpartition(".")
+    base = getattr(model.get_submodule(block), place) or Zero()
+    if place in LINEARS:
+        return base, base.in_features, base.out_features
+    return base, model.config.hidden_size, model.config.hidden_size
+
+
+def put(model, name, layer):
+    """Set a module in its place, on the model's device and in its dtype."""
+    block, _, place = name.rpartition(".")
+    setattr(model.get_submodule(block), place, layer.to(model.word_embeddings.weight))
+
+
 def adapters(model):
-    """dict name -> LoRALayer, layer by layer, linears before shortcuts."""
-    order = LINEARS + RESIDUALS + CROSS
+    """dict name -> LoRALayer, block by block, linear layers before shortcuts."""
     found = {}
     for i, block in enumerate(model.layers):
-        for place in order:
+        for place in LINEARS + RESIDUALS + CROSS:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)
     return found
+
+
+def switch(model, on):
+    """Switch every module on or off.
+
+    Args:
+        on: set of names of adapters(model); all others go off.
+    """
+    for name, layer in adapters(model).items():
+        layer.enabled = name in on
 
 
 def mark_trainable(model):
@@ -202,36 +258,52 @@ def mark_trainable(model):
     checkpoint did not bring.
 
     Returns:
-        dict name -> number of trainable parameters, for each adapter that is on and each head
-        module.
+        count_trainable(model).
     """
     model.requires_grad_(False)
     for layer in adapters(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        for factor in layer.factors().values():
+            factor.requires_grad_(True)
     for module in model.head:
         model.get_submodule(module).requires_grad_(True)
     return count_trainable(model)
 
 
 def trainable(model):
-    """dict name -> parameter, in a fixed order: adapters that are on or off, then the head."""
-    found = {}
+    """dict name -> parameter, in a fixed order: adapters that are on or off, then the head.
+
+    A factor that several modules share stands once, under the name of the first.
+    """
+    found, seen = {}, set()
     for name, layer in adapters(model).items():
-        found |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+        for key, factor in layer.factors().items():
+            if id(factor) not in seen:
+                seen.add(id(factor))
+                found[f"{name}.{key}"] = factor
     for module in model.head:
         for name, parameter in model.get_submodule(module).named_parameters():
             found[f"{module}.{name}"] = parameter
     return found
 
 
+def training_now(model):
+    """dict name -> parameter of the adapters that are on, and of the head."""
+    on = {id(f) for a in adapters(model).values() if a.enabled for f in a.factors().values()}
+    off = {id(f) for a in adapters(model).values() for f in a.factors().values()} - on
+    return {name: p for name, p in trainable(model).items() if id(p) not in off}
+
+
 def count_trainable(model):
-    """dict name -> trainable parameters: r (in + out) of an adapter that is on; head modules."""
-    counts = {
-        name: sum(p.numel() for p in (layer.lora_A, layer.lora_B) if p.requires_grad)
-        for name, layer in adapters(model).items()
-        if layer.enabled
-    }
+    """dict name -> trainable parameters: r (in + out) of an adapter that is on; head modules.
+
+    A factor that several modules share is counted once, with the first of them that is on.
+    """
+    counts, seen = {}, set()
+    for name, layer in adapters(model).items():
+        if layer.enabled:
+            own = [f for f in layer.factors().values() if id(f) not in seen and f.requires_grad]
+            counts[name] = sum(f.numel() for f in own)
+            seen |= {id(f) for f in own}
     for module in model.head:
         parameters = model.get_submodule(module).parameters()
         counts[module] = sum(p.numel() for p in parameters if p.requires_grad)
@@ -242,8 +314,7 @@ def count_trainable(model):
 
 
 def merge(model):
-    """W <- W + scaling * B A for every module that is on and has a weight; the model computes the
-    same.
+    """Add every module that is on and has a weight into it; the model computes the same.
 
     A module that is off contributes nothing before and nothing after. A shortcut has no weight to
     merge into: it stays a low-rank branch, and the output is still the same.
@@ -267,12 +338,13 @@ def merge(model):
     with torch.no_grad():
         for layer in chosen.values():
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
+            # W <- W + scaling * B A
             layer.base.weight += layer.delta_w()
     return tuple(chosen)
 
 
 def unmerge(model):
-    """Give every merged module its weight back, bit for bit (from a copy: subtracting would round).
+    """Give every merged module its weight back, bit for bit, from a copy: subtracting would round.
 
     Raises:
         ValueError: nothing is merged.
@@ -284,3 +356,65 @@ def unmerge(model):
         for layer in merged:
             layer.base.weight.copy_(layer.weight_before_merge)
             layer.weight_before_merge = None
+
+
+# ------------------------------------------------------------------------------------ adapter files
+
+
+def save_adapter(model, path, pairs=None):
+    """Write all that was trained to one file (support/adapter_file.py), whole or not at all.
+
+    Args:
+        model: model.Transformer with adapters.
+        path: the file, or a folder, which gets adapter.safetensors.
+        pairs: dict module -> (lora_A (R, in), lora_B (out, R)) that stands for the module's own
+            pair at scale 1: what DeltaLoRA.export() gives, since there W has moved as well.
+    """
+    tensors, about = trainable(model), {}
+    for name, layer in adapters(model).items():
+        about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.enabled}
+    for name, (lora_A, lora_B) in (pairs or {}).items():
+        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
+        about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
+    adapter_file.write(path, tensors, about, model.config.shortcut_norm)
+
+
+def load_adapter(model, path):
+    """Put a saved adapter into a freshly loaded model: modules, switches and head.
+
+    Args:
+        model: model.Transformer without adapters, as load_pretrained gives it, with as many labels
+            as the run had.
+        path: what save_adapter wrote, or a run folder.
+
+    Returns:
+        adapters(model). All is frozen; call mark_trainable(model) to train on.
+
+    Raises:
+        ValueError: a model that has adapters; a file that is no adapter, or of another model.
+        FileNotFoundError: no such file.
+    """
+    if adapters(model):
+        raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
+    tensors, about = adapter_file.read(path, model.config.shortcut_norm)
+    expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
+    layers = {}
+    for name, a in about.items():
+        try:
+            base = base_of(model, name)
+        except AttributeError as error:
+            raise ValueError(f"{path} adapts {name}, which this model lacks") from error
+        expected |= {f"{name}.lora_A": None, f"{name}.lora_B": None}
+        if a["r"] > 0:  # 0: Delta-LoRA, a module that never was on
+            layers[name] = LoRALayer(*base, a["r"], a["scaling"] * a["r"])
+            layers[name].scaling = a["scaling"]  # to the bit, which scaling * r / r is not
+            expected |= {f"{name}.{key}": f.shape for key, f in layers[name].factors().items()}
+    adapter_file.refuse_misfit(path, tensors, expected)
+    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
+        put(model, name, layer)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(tensors[name])
+    switch(model, {name for name, a in about.items() if a["enabled"]})
+    model.requires_grad_(False)
+    return adapters(model)

@@ -4,28 +4,29 @@ Each proxy is one function (model, batches) -> {name: score}; larger = keep. Mod
 are scored alike and in one pass, all of them switched on. L is the mean loss over all scored
 examples, so a score does not depend on how they were cut into batches.
 
-    name                | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
-    constant            | 1                                                         | 1
-    grad_norm           | ||dL/dA||_F + ||dL/dB||_F                                 | ||s G A^T||_F
-    snip                | sum |A o dL/dA| + sum |B o dL/dB|                         | exactly 0
-    synflow             | sum |A o dR/dA| + sum |B o dR/dB|, R: a linearised |net|  | exactly 0
-    synflow_released    | the same with |net| as it is, and L for R                 | exactly 0
-    grasp               | sum A o (H g)_A + sum B o (H g)_B                         | ||dL/dB||_F^2
-    fisher              | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                      | exactly 0
-    alpha_test          | 10 x the smallest a at which a s B A keeps the accuracy   | exactly 0
-    alpha_test_released | the same with a on the whole layer, W x included          | anything
-    grad_norm_slot      | ||G||_F                                                   | the same
-    snip_slot           | sum |W o G|                                               | the same
+    proxy          | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
+    constant       | 1                                                         | 1
+    grad_norm      | ||dL/dA||_F + ||dL/dB||_F                                 | ||s G A^T||_F
+    snip           | sum |A o dL/dA| + sum |B o dL/dB|                         | exactly 0
+    synflow        | sum |A o dR/dA| + sum |B o dR/dB|, R: a linearised |net|  | exactly 0
+    grasp          | sum A o (H g)_A + sum B o (H g)_B                         | ||dL/dB||_F^2
+    fisher         | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                      | exactly 0
+    alpha_test     | 10 x the smallest a at which a s B A keeps the accuracy   | exactly 0
+    grad_norm_slot | ||G||_F                                                   | the same
+    snip_slot      | sum |W o G|                                               | the same
 
-G = dL/dW is the gradient of the dense matrix in that place (W, identity or zero); G says what the
-place is worth, the others what this pair in it is worth. (A_k: row k of A.)
+G = dL/dW is the gradient of the dense matrix in that place (W, identity or zero). The two slot
+scores say what the place is worth, the others what this pair in it is worth. A_k is row k of A,
+o the product entry by entry. synflow_released and alpha_test_released, at the end, compute what
+the released code does.
 
-WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and every score made of weight times
-gradient is exactly 0 for every module: SNIP, SYNFLOW and FISHER then choose at random, once before
-training, and dynamically for ever (a module that was never on keeps B = 0). score() warns when that
-happens. GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional to s.
+WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and every score made of weight
+times gradient is exactly 0 for every module. SNIP, SYNFLOW and FISHER then choose at random: once
+before training, and dynamically for ever, since a module that was never on keeps B = 0. score()
+warns when that happens. GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional
+to s.
 
-What this file does not do: choose (allocate.py), or change anything: parameters, buffers, .grad,
+What this file does not do: choose (allocate.py), or change anything. Parameters, buffers, .grad,
 requires_grad, train/eval mode, on/off and the RNG are as before, also when the loss raises.
 """
 
@@ -91,9 +92,9 @@ def score(name, model, batches):
 
 @contextlib.contextmanager
 def scoring(model):
-    """All modules on, eval mode, nothing but the pairs with a gradient; then everything as before.
+    """All modules on, eval mode, a gradient for the factors alone; then everything as before.
 
-    deviates: the released code scores in train mode; its runs had no dropout either way, and a
+    deviates: the released code scores in train mode. Its runs had no dropout either way, and a
     score should not depend on a dropout mask.
     """
     layers = adapters(model)
@@ -104,8 +105,8 @@ def scoring(model):
         model.eval().requires_grad_(False)
         for layer in layers.values():
             layer.enabled = True
-            layer.lora_A.requires_grad_(True)
-            layer.lora_B.requires_grad_(True)
+            for factor in layer.factors().values():
+                factor.requires_grad_(True)
         yield layers
     finally:
         for name, layer in layers.items():
@@ -123,35 +124,39 @@ def loss_terms(model, batch):
 
 
 def mean_gradients(model, batches, parameters):
-    """dL/dp of the mean loss over all examples, a list in the order of parameters; .grad is not
-    used.
+    """dL/dp of the mean loss over all examples, in the order of parameters; .grad is not used.
 
-    deviates: the released code sums the gradients of the batches' means, so its scores grow with
-    their number.
+    deviates: the released code sums the gradients of the batches' means, so that its scores grow
+    with their number.
     """
     total = sum(loss_terms(model, batch) for batch in batches)
     sums = [torch.zeros_like(p) for p in parameters]
     for batch in batches:
+        # L = sum over batches of (their share of the examples) * (their mean loss)
         loss = model(**batch).loss * (loss_terms(model, batch) / total)
         gradients = torch.autograd.grad(loss, parameters)
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
     return sums
 
 
-def pairs_of(layers):
-    """[A, B, A, B, …] of all modules."""
-    return [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+def factors_of(layers):
+    """The factors of all modules in one list: [A, B, A, B, …]."""
+    return [factor for layer in layers.values() for factor in layer.factors().values()]
 
 
 def by_module(layers, values):
-    """{name: (value of A, value of B)} from a list in the order of pairs_of."""
-    return dict(zip(layers, zip(values[::2], values[1::2], strict=True), strict=True))
+    """{name: [value of each factor]} from a list in the order of factors_of."""
+    rest = iter(values)
+    return {name: [next(rest) for _ in layer.factors()] for name, layer in layers.items()}
 
 
-def pair_gradients(model, batches):
-    """{name: (dL/dA, dL/dB)}, (r, in) and (out, r)."""
+def factor_gradients(model, batches):
+    """{name: [(factor, dL/dfactor)]}; of a LoRALayer A, (r, in), and B, (out, r)."""
     with scoring(model) as layers:
-        return by_module(layers, mean_gradients(model, batches, pairs_of(layers)))
+        factors = factors_of(layers)
+        gradients = mean_gradients(model, batches, factors)
+        detached = [factor.detach() for factor in factors]
+        return by_module(layers, zip(detached, gradients, strict=True))
 
 
 # -------------------------------------------------------------------------------------- the proxies
@@ -163,42 +168,41 @@ def constant(model, batches):
 
 
 def grad_norm(model, batches):
-    """S = ||dL/dA||_F + ||dL/dB||_F        (arXiv 2406.14956; dyrealloc_callback.py)
+    """GRAD-NORM, the proxy that HeteroLoRA settles on (arXiv 2406.14956; dyrealloc_callback.py).
 
-    Sum of the two norms, not the norm of both, as released. At B = 0 the first is 0 and the second
-    ||s G A^T||: it
-    grows with s, so alpha 16 modules are favoured over alpha 4 shortcuts by that factor.
+    The sum of the two norms, not the norm of both together, as released. At B = 0 the first is 0
+    and the second ||s G A^T||_F. It grows with s, so modules with alpha 16 are favoured over
+    shortcuts with alpha 4 by that factor.
     """
-    return {
-        name: (a.norm() + b.norm()).item()
-        for name, (a, b) in pair_gradients(model, batches).items()
-    }
+    scores = {}
+    for name, found in factor_gradients(model, batches).items():
+        # S = ||dL/dA||_F + ||dL/dB||_F
+        scores[name] = sum(g.norm() for _, g in found).item()
+    return scores
 
 
 def snip(model, batches):
-    """S = sum |A o dL/dA| + sum |B o dL/dB|        (SNIP, arXiv 1810.02340, Eq. 3-4; zero-cost-nas)
+    """SNIP: what removing each weight would change, to first order (arXiv 1810.02340, Eq. 3-4).
 
-    deviates: not divided by the sum over all modules (neither is the released code): the ranking is
-    the same. At B = 0: exactly 0, the first term by its gradient, the second by its weight.
+    deviates: not divided by the sum over all modules (neither is the released code); the ranking is
+    the same. At B = 0 it is exactly 0: the first term by its gradient, the second by its weight.
     """
-    layers, gradients = adapters(model), pair_gradients(model, batches)
     scores = {}
-    for name, (a, b) in gradients.items():
-        layer = layers[name]
-        scores[name] = ((layer.lora_A * a).abs().sum() + (layer.lora_B * b).abs().sum()).item()
+    for name, found in factor_gradients(model, batches).items():
+        # S = sum |A o dL/dA| + sum |B o dL/dB|
+        scores[name] = sum((p * g).abs().sum() for p, g in found).item()
     return scores
 
 
 def flow(model, objective):
-    """sum |A o dR/dA| + sum |B o dR/dB| with R = objective(model), by module."""
+    """{name: sum |A o dR/dA| + sum |B o dR/dB|} with R = objective(model)."""
     layers = adapters(model)
-    for layer in layers.values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-    pairs = pairs_of(layers)
-    gradients = torch.autograd.grad(objective(model), pairs)
-    terms = [(p * g).abs().sum().item() for p, g in zip(pairs, gradients, strict=True)]
-    return {name: a + b for name, (a, b) in by_module(layers, terms).items()}
+    factors = factors_of(layers)
+    for factor in factors:
+        factor.requires_grad_(True)
+    gradients = torch.autograd.grad(objective(model), factors)
+    terms = [(p * g).abs().sum().item() for p, g in zip(factors, gradients, strict=True)]
+    return {name: sum(values) for name, values in by_module(layers, terms).items()}
 
 
 def absolute_copy(model):
@@ -212,87 +216,79 @@ def absolute_copy(model):
 
 
 def linear_attention(block, queries, x, key_mask, causal):
-    """Attention whose weights are S / S, S = q . k > 0, the denominator a constant to autograd.
+    """Attention without softmax, through which flow reaches q and k.
 
-    On identical tokens softmax has a zero Jacobian and q, k would score 0. Here the forward pass is
-    the same average of V, and the flow through q, and through k, is the whole flow through v.
+    On identical tokens softmax has a zero Jacobian, and q and k would score 0. Here each weight is
+    S / S, with S = q . k > 0 and the denominator a constant to autograd. The forward pass is the
+    same average of V, and the flow through q, and through k, is the whole flow through v.
     """
-    q, k, v = (
-        block.split_heads(m(y))
-        for m, y in ((block.q_proj, queries), (block.k_proj, x), (block.v_proj, x))
-    )
-    s = q @ k.transpose(-1, -2)  # (1, h, 1, 1): one token
+    q = block.split_heads(block.q_proj(queries))  # (1, h, 1, d / h): one token
+    k = block.split_heads(block.k_proj(x))  # (1, h, 1, d / h)
+    v = block.split_heads(block.v_proj(x))  # (1, h, 1, d / h)
+    s = q @ k.transpose(-1, -2)  # (1, h, 1, 1)
     h = (s / s.detach()) @ v  # (1, h, 1, d / h)
-    return block.out_proj(h.transpose(1, 2).flatten(2))
+    return block.out_proj(h.transpose(1, 2).flatten(2))  # (1, 1, d)
 
 
 def synflow(model, batches):
-    """S = sum |A o dR/dA| + sum |B o dR/dB|, R = sum of the output of |net| for ones (arXiv
-    2006.05467, Alg. 1)
+    """SYNFLOW: how much of the flow through |net| runs through a pair (arXiv 2006.05467, Alg. 1).
 
-    In float64: R is a product over layers and leaves float32's range. No data, no labels.
-    deviates from zero-cost-nas, because a transformer's SynFlow is 0 otherwise: LayerNorm is the
-    identity (of equal features it outputs its bias alone), attention is linear_attention, and R is
-    read before the head, whose tanh saturates. One token of ones: identical tokens all carry the
-    same. At B = 0: exactly 0. Else S(A) = S(B): what flows into a pair flows out of it.
+    R is the sum of the output of |net|, the network with the absolute value of every parameter, for
+    an input of ones: no data, no labels. In float64, since R is a product over layers and leaves
+    float32's range. At B = 0: exactly 0. Elsewhere S(A) = S(B): what flows into a pair flows out.
+
+    deviates from zero-cost-nas, because a transformer's SynFlow is 0 otherwise. LayerNorm is the
+    identity (of equal features it outputs its bias alone). Attention is linear_attention. R is read
+    before the head, whose tanh saturates. The input is one token of ones: identical tokens would
+    all carry the same.
     """
     model = absolute_copy(model).double()
     for block in model.layers:
         block.attn_norm = block.ffn_norm = nn.Identity()
         block.attention = types.MethodType(linear_attention, block)
     model.final_norm = nn.Identity()
-    one = model.position_embeddings.weight.new_ones(1, 1, model.config.hidden_size)  # (b, t, d)
+    one = model.word_embeddings.weight.new_ones(1, 1, model.config.hidden_size)  # (b, t, d)
+    # S = sum |A o dR/dA| + sum |B o dR/dB|
     return flow(model, lambda m: m.encode(one, one[..., 0].bool()).sum())
 
 
-def synflow_released(model, batches):
-    """SYNFLOW as the released code computes it: |net| with its LayerNorm and softmax, ones for the
-    word embeddings, the mask and labels of the first batch, and the loss in place of R; in the
-    model's own precision.
-
-    deviates: reads the last real token (BERT: the first), where the released code, given embeddings
-    instead of ids, reads position -1, mostly padding. At B = 0: exactly 0.
-    """
-    batch = {k: v for k, v in batches[0].items() if k != "input_ids"}
-    weight = model.word_embeddings.weight
-    ones = weight.new_ones(*batch["attention_mask"].shape, weight.shape[1])  # (b, t, embed_dim)
-    return flow(absolute_copy(model), lambda m: m(None, inputs_embeds=ones, **batch).loss)
-
-
 def grasp(model, batches):
-    """S = sum A o (H g)_A + sum B o (H g)_B, g = dL/dtheta, H = d2L/dtheta2 over all pairs (arXiv
-    2002.07376, Eq. 8)
+    """GraSP: what holds the gradient up (arXiv 2002.07376, Eq. 8).
 
-    Removing weights changes ||g||^2 / 2 by -theta . H g to first order: what holds the gradient up
-    is kept.
-    deviates: the sign is opposite to zero-cost-nas, whose sum -theta . H g is -||dL/dB||^2 at B = 0
-    and would keep the modules that learn least. Two passes, so that g is the gradient of all
-    batches
-    (zero-cost-nas: of the last). At B = 0: +||dL/dB||^2, the ranking of grad_norm.
+    g = dL/dtheta and H = d2L/dtheta2 are over the factors theta of all modules. Removing weights
+    changes ||g||^2 / 2 by -theta . H g, to first order; what holds it up is kept. At B = 0 it is
+    ||dL/dB||_F^2: the ranking of grad_norm.
+
+    deviates: the sign is opposite to zero-cost-nas, whose sum -theta . H g is -||dL/dB||_F^2 at
+    B = 0 and would keep the modules that learn least. Two passes, so that g is the gradient of all
+    batches (zero-cost-nas: of the last).
     """
     with scoring(model) as layers, sdpa_kernel(SDPBackend.MATH):  # flash has no second derivative
-        pairs = pairs_of(layers)
-        g = mean_gradients(model, batches, pairs)
+        factors = factors_of(layers)
+        g = mean_gradients(model, batches, factors)
         total = sum(loss_terms(model, batch) for batch in batches)
-        hg = [torch.zeros_like(p) for p in pairs]
+        hg = [torch.zeros_like(p) for p in factors]
         for batch in batches:
             loss = model(**batch).loss * (loss_terms(model, batch) / total)
-            first = torch.autograd.grad(loss, pairs, create_graph=True)
+            first = torch.autograd.grad(loss, factors, create_graph=True)
+            # H g = d (g . dL/dtheta) / dtheta, with g held constant
             inner = sum((a * b).sum() for a, b in zip(first, g, strict=True))
-            second = torch.autograd.grad(inner, pairs)
+            second = torch.autograd.grad(inner, factors)
             hg = [a + b for a, b in zip(hg, second, strict=True)]
-        terms = [(p.detach() * h).sum().item() for p, h in zip(pairs, hg, strict=True)]
-        return {name: a + b for name, (a, b) in by_module(layers, terms).items()}
+        # S = sum A o (H g)_A + sum B o (H g)_B
+        terms = [(p.detach() * h).sum().item() for p, h in zip(factors, hg, strict=True)]
+        return {name: sum(values) for name, values in by_module(layers, terms).items()}
 
 
 def fisher(model, batches):
-    """S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2, n over examples, k over the r channels of A x
-    (arXiv 1801.05787)
+    """FISHER: the squared first-order change of each example's loss (arXiv 1801.05787).
 
-    Channel k of the pair is h_k = A_k . x; the sum over tokens of h_k dL_n/dh_k is A_k . dL_n/dA_k,
-    the first-order change of example n's loss when the channel is removed.
+    n counts examples, k the r channels of A x. Channel k of the pair is h_k = A_k . x. The sum over
+    tokens of h_k dL_n/dh_k is A_k . dL_n/dA_k: the change of example n's loss, to first order, when
+    the channel is removed. At B = 0: exactly 0, since dL_n/dA = 0.
+
     deviates: zero-cost-nas takes the output's second axis for the channels, which in a transformer
-    is time. At B = 0: exactly 0, since dL_n/dA = 0.
+    is time.
     """
     count = sum(len(batch["labels"]) for batch in batches)
     with scoring(model) as layers:
@@ -303,7 +299,9 @@ def fisher(model, batches):
                 example = {k: v[i : i + 1] for k, v in batch.items()}
                 gradients = torch.autograd.grad(model(**example).loss, factors)
                 for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
+                    # sum_k (A_k . dL_n/dA_k)^2
                     totals[j] += (a * g).sum(1).square().sum().item()  # (r, in) -> (r,) -> number
+        # S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2
         return {name: total / 2 / count for name, total in zip(layers, totals, strict=True)}
 
 
@@ -328,13 +326,14 @@ def smallest_alpha(measure, least):
 
 
 def alpha_test(model, batches, whole_layer=False):
-    """S = 10 x the smallest a in 0, 0.1, …, 1 at which accuracy stays >= 0.99 of its value, with a
-    s B A for s B A
+    """ALPHA-TEST: how far can a module's branch be turned down? (released code, alpha_test)
 
-    deviates: scored on training batches (the released dynamic code mixes in the validation items
-    that results are reported on), and a scales the low-rank branch everywhere (released: of LoRA
-    modules the whole layer, of shortcuts the branch; that is alpha_test_released). At B = 0:
-    exactly 0, the branch does nothing.
+    S is 10 times the smallest a in 0, 0.1, …, 1 with which a s B A, in place of s B A, keeps 0.99
+    of the accuracy. At B = 0: exactly 0, since the branch does nothing.
+
+    deviates: scored on training batches, where the released dynamic code mixes in the validation
+    items that results are reported on; and a scales the low-rank branch everywhere (released: of
+    LoRA modules the whole layer, which is alpha_test_released).
     """
     if model.config.num_labels == 1 or model.config.head == "lm":
         raise ValueError("alpha_test needs accuracy: a classification task with two labels or more")
@@ -358,32 +357,27 @@ def alpha_test(model, batches, whole_layer=False):
     return scores
 
 
-def alpha_test_released(model, batches):
-    """alpha_test with a on the whole output of a linear layer, W x + b included, as released."""
-    return alpha_test(model, batches, whole_layer=True)
-
-
 # ------------------------------------------------------------------------------------ slot variants
 
 
 def slot_gradients(model, batches):
-    """{name: (W, dL/dW)} of the dense matrix in each place, (out, in): the frozen weight, identity
-    or zero.
+    """{name: (W, dL/dW)} of the dense matrix in each place: the frozen weight, identity or zero.
 
-    A shortcut has no matrix; while it is scored, its base is a Linear that computes the same.
+    Both are (out, in). A shortcut has no matrix; while it is scored, its base is a Linear that
+    computes the same.
     """
     with scoring(model) as layers:
         bases = {name: layer.base for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
-                layer.lora_A.requires_grad_(False)
-                layer.lora_B.requires_grad_(False)
+                for factor in layer.factors().values():
+                    factor.requires_grad_(False)
                 if not isinstance(layer.base, nn.Linear):
                     sizes = (layer.in_features, layer.out_features)
                     dense = nn.utils.skip_init(nn.Linear, *sizes, bias=False)  # draws nothing
                     residual = name.rpartition(".")[2] in RESIDUALS
                     eye = torch.eye(layer.out_features, layer.in_features)
-                    dense.weight = nn.Parameter((eye * residual).to(layer.lora_A))
+                    dense.weight = nn.Parameter((eye * residual).to(model.word_embeddings.weight))
                     layer.base = dense
             weights = [layer.base.weight.requires_grad_(True) for layer in layers.values()]
             gradients = mean_gradients(model, batches, weights)
@@ -395,21 +389,47 @@ def slot_gradients(model, batches):
 
 
 def grad_norm_slot(model, batches):
-    """S = ||dL/dW||_F of the place itself: no luck with A, no alpha / r, and not zero at B = 0.
+    """GRAD-NORM of the place itself: no luck with A, no factor alpha / r, and not zero at B = 0.
 
     E ||dL/dB||_F^2 = s^2 r / (3 in) ||dL/dW||_F^2 over draws of A, at B = 0: this is what grad_norm
     estimates.
     """
+    # S = ||dL/dW||_F
     return {name: g.norm().item() for name, (_, g) in slot_gradients(model, batches).items()}
 
 
 def snip_slot(model, batches):
-    """S = sum |W o dL/dW| of the place itself; the diagonal for a residual (W = I), 0 for a
-    cross-layer shortcut,
-    whose W is zero: it can only be chosen by grad_norm_slot."""
-    return {
-        name: (w * g).abs().sum().item() for name, (w, g) in slot_gradients(model, batches).items()
-    }
+    """SNIP of the place itself.
+
+    W is the identity for a residual: the sum of |diagonal of G|. It is zero for a cross-layer
+    shortcut, which can only be chosen by grad_norm_slot.
+    """
+    slots = slot_gradients(model, batches)
+    # S = sum |W o dL/dW|
+    return {name: (w * g).abs().sum().item() for name, (w, g) in slots.items()}
+
+
+# ------------------------------------------------------------- as released; not for a first reading
+
+
+def synflow_released(model, batches):
+    """SYNFLOW as the released code computes it, in the model's own precision.
+
+    |net| keeps its LayerNorm and softmax; ones stand for the word embeddings; mask and labels are
+    those of the first batch; the loss stands for R. At B = 0: exactly 0.
+
+    deviates: reads the last real token (BERT: the first), where the released code, given embeddings
+    instead of ids, reads position -1, mostly padding.
+    """
+    batch = {k: v for k, v in batches[0].items() if k != "input_ids"}
+    weight = model.word_embeddings.weight
+    ones = weight.new_ones(*batch["attention_mask"].shape, weight.shape[1])  # (b, t, embed_dim)
+    return flow(absolute_copy(model), lambda m: m(None, inputs_embeds=ones, **batch).loss)
+
+
+def alpha_test_released(model, batches):
+    """alpha_test with a on the whole output of a linear layer, W x + b included, as released."""
+    return alpha_test(model, batches, whole_layer=True)
 
 
 PROXIES = {
@@ -425,37 +445,3 @@ PROXIES = {
     "grad_norm_slot": grad_norm_slot,
     "snip_slot": snip_slot,
 }
-
-
-# ----------------------------------------------------------------------------------------- per rank
-
-RANK_PROXIES = ("grad_norm", "snip")
-
-
-def score_ranks(name, model, batches):
-    """Score the rank-one parts of each pair: row k of A with column k of B.
-
-    grad_norm: S_k = ||dL/dA_k|| + ||dL/dB_k||;  snip: S_k = sum |A_k o dL/dA_k| + sum |B_k o
-    dL/dB_k|
-
-    Returns:
-        dict name -> list of r floats. For snip they sum to score("snip", …).
-
-    Raises:
-        ValueError: another proxy; or a score that is not finite.
-    """
-    if name not in RANK_PROXIES:
-        raise ValueError(
-            f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
-        )
-    layers, scores = adapters(model), {}
-    for module, (a, b) in pair_gradients(model, batches).items():
-        layer = layers[module]
-        if name == "grad_norm":
-            parts = a.norm(dim=1) + b.norm(dim=0)  # (r,)
-        else:
-            parts = (layer.lora_A * a).abs().sum(1) + (layer.lora_B * b).abs().sum(0)  # (r,)
-        scores[module] = parts.tolist()
-        if not all(map(math.isfinite, scores[module])):
-            raise ValueError(f"a {name} score of {module} is not finite: {scores[module]}")
-    return scores

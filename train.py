@@ -1,39 +1,176 @@
 """Train HeteroLoRA (arXiv 2406.14956), Delta-LoRA (2309.02411) or LoRA: python train.py
 
-Reads in the order of time: set-up, allocation, the loop, evaluation, the result. A run folder
-(runs.py) holds all that is needed to go on after an interruption, to the same bits.
+Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
 
-    step       one optimizer step, over --accumulate batches of --batch-size examples
-    loss       mean over the examples of a step, whatever batches they came in
+    word       | meaning
+    step       | one optimizer step, over --accumulate batches of --batch-size examples
+    loss       | mean over the examples of a step, whatever batches they came in
+    decision   | which modules are on: score, choose, switch; before a step, never inside one
+    position   | epoch (finished ones), step_in_epoch, step (in all)
 
-Under torchrun every process takes its share of each batch (distributed.py).
+A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
+same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: build or store a run (state.py), mixed precision, compile, search
-hyper-parameters.
+What this file does not do: mixed precision, compile, search hyper-parameters.
 """
 
 import contextlib
+import dataclasses
 import math
-import os
-import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import allocate
 import lora
-from support import distributed, flags, glue, hetero, report, run_folder, run_state, seeds
+import proxies
+from delta_lora import DeltaLoRA
+from model import load_pretrained
+from relatives import single_ranks
+from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
 
 EVAL_BATCH_SIZE = 64
 
 
-# --------------------------------------------------------------------------------------- allocation
-
-
 class CannotGoOn(RuntimeError):
     """A loss or a score that is not a number: the run stops, its last good checkpoint is kept."""
+
+
+# ------------------------------------------------------------------------------------------- set-up
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop needs; what changes in it is what a checkpoint stores."""
+
+    args: types.SimpleNamespace
+    task: glue.Task
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    train: list  # encoded examples
+    dev: list
+    test: list | None  # with labels, and asked for
+    device: torch.device
+    notes: list  # lines for the person who started the run
+    plan: allocate.Reallocator | None = None
+    delta: DeltaLoRA | None = None
+    folder: Path | None = None
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: dict | None = None  # metrics of the best epoch
+    last: dict | None = None
+    test_metrics: dict | None = None
+    test_predictions: str | None = None
+    seconds: float = 0.0
+    score_seconds: float = 0.0  # of these, spent on decisions
+    stop: bool = False  # Ctrl-C was pressed
+
+
+def set_up(args):
+    """Load model and data, inject, build the optimizer. ValueError or OSError on bad input."""
+    device, task = distributed.pick_device(args.device), glue.TASKS[args.task]
+    texts, notes = glue.load_splits(args.task, args.data_dir, args.test)
+    model, tokenizer = load_pretrained(
+        args.model,
+        num_labels=task.num_labels,
+        dropout=args.dropout,
+        seed=args.seed,
+        shortcut_norm=args.shortcut_norm,
+    )
+    limit = model.config.max_positions
+    max_length = args.max_length or min(128, limit)
+    if max_length > limit:
+        raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
+    (train, dev, test), more = glue.encode_splits(texts, tokenizer, max_length)
+    notes += more
+    if model.fresh:
+        notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
+    shortcuts = lora.SHORTCUTS[args.shortcuts]
+    if args.targets or shortcuts:
+        lora.inject(
+            model,
+            args.targets,
+            r=args.r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            shortcuts=shortcuts,
+            shortcut_alpha=args.shortcut_alpha,
+            seed=args.seed,
+        )
+    lora.mark_trainable(model)
+    model.to(device)
+    # For dropout, other masks in each process; everything else has a generator of its own.
+    torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
+    optimizer = make_optimizer(model, args)
+    run = Run(args, task, model, optimizer, train, dev, test, device, notes)
+    if args.allocate != "none":
+        run.plan = make_plan(model, args)
+    if args.delta_ratio:
+        lazy = args.delta_lazy == "yes"
+        run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
+    return run
+
+
+def make_optimizer(model, args):
+    """AdamW, fused: a few dozen small tensors in one call, where a loop costs 3 % of a step."""
+    parameters = lora.trainable(model).values()
+    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def make_plan(model, args):
+    """The schedule of decisions. ValueError where none can be taken."""
+    if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
+        raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
+    counts = lora.count_trainable(model)
+    return allocate.Reallocator(
+        {name: counts[name] for name in lora.adapters(model)},
+        mode=args.allocate,
+        keep=args.keep,
+        budget=args.budget_params,
+        every=args.every,
+        together=args.ranking == "together",
+        generator=seeds.generator(args.seed, "allocation"),
+        parts=args.r if args.per_rank == "yes" else 1,
+    )
+
+
+# --------------------------------------------------------------------------------------- a decision
+
+
+def decide(run):
+    """One decision of HeteroLoRA: score, choose, switch; said and written down."""
+    args, model, started = run.args, run.model, time.monotonic()
+    batches = score_batches(run)
+    try:
+        if args.per_rank == "yes":
+            single_ranks.decide(model, run.plan, args.proxy, batches, run.step, run.epoch)
+            run.optimizer = make_optimizer(model, args)  # before step 1: nothing to carry over
+        else:
+            scores = score(run, batches)
+            on = run.plan.choose(scores, run.step, run.epoch)
+            lora.switch(model, on)
+    except ValueError as error:
+        raise CannotGoOn(f"step {run.step}: {error}") from error
+    seconds = time.monotonic() - started
+    run.score_seconds += seconds
+    levels = {n: a.r / args.r * a.enabled for n, a in lora.adapters(model).items()}
+    tqdm.write(f"step {run.step}: {args.proxy} chose")
+    tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
+    parameters = sum(lora.count_trainable(model)[name] for name, level in levels.items() if level)
+    log(run, "score", step=run.step, parameters=parameters, seconds=seconds)
+    write_history(run)
+
+
+def score(run, batches):
+    """Of every module, by --proxy, the same on every process; or of a baseline."""
+    if run.args.proxy in allocate.BASELINES:
+        return allocate.baseline_scores(run.args.proxy, run.plan.costs, run.plan.generator)
+    return distributed.mean_scores(proxies.score(run.args.proxy, run.model, batches))
 
 
 def score_batches(run):
@@ -47,28 +184,6 @@ def score_batches(run):
     return [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
 
 
-def allocate_now(run, say):
-    """Decide which modules are on, and write it down."""
-    args = run.args
-    batches = score_batches(run)
-    try:
-        seconds = hetero.reallocate(run.model, run.plan, args, batches, run.step, run.epoch, say)
-    except ValueError as error:
-        raise CannotGoOn(f"step {run.step}: {error}") from error
-    run.score_seconds += seconds
-    if args.proxy == "uniform" or args.per_rank == "yes":  # before step 1: nothing to carry over
-        run.optimizer = run_state.make_optimizer(run.model, args)
-    adapters, _ = report.counts(run)
-    log(run, "score", step=run.step, parameters=adapters, seconds=seconds)
-    write_history(run)
-
-
-def log(run, event, **values):
-    """A line of metrics.jsonl, where this process has a run folder to write to."""
-    if run.folder:
-        run_folder.log(run.folder, event, **values)
-
-
 def write_history(run):
     """allocation.json: every decision so far."""
     if not run.folder:
@@ -79,19 +194,25 @@ def write_history(run):
     run_folder.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
 
 
+def log(run, event, **values):
+    """A line of metrics.jsonl, where this process has a run folder to write to."""
+    if run.folder:
+        run_folder.log(run.folder, event, **values)
+
+
 # --------------------------------------------------------------------------------------------- loop
 
 
-def learning_rate(step, total, args):
+def learning_rate(step, total, lr, schedule, warmup):
     """Of the step with this index: linear warm-up from 0, then constant or linear to 0.
 
     The same numbers as transformers' get_constant/linear_schedule_with_warmup.
     """
-    if step < args.warmup:
-        return args.lr * step / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * max(0.0, (total - step) / max(1, total - args.warmup))
+    if step < warmup:
+        return lr * step / warmup
+    if schedule == "constant":
+        return lr
+    return lr * max(0.0, (total - step) / max(1, total - warmup))
 
 
 def batch_of(model, examples):
@@ -110,9 +231,7 @@ def train_step(run, group, lr):
         part = run.model(**batch).loss * (len(indices) / total)
         part.backward()
         loss += part.item()
-    on = lora.count_trainable(run.model)  # adapters that are on, and the head
-    named = lora.trainable(run.model).items()
-    parameters = [p for name, p in named if name.rpartition(".")[0] in on]
+    parameters = list(lora.training_now(run.model).values())
     loss, stop = distributed.sum_gradients(parameters, loss, float(run.stop))
     run.stop = stop > 0  # all processes stop after the same step
     if not math.isfinite(loss):
@@ -150,23 +269,25 @@ def train(run):
         while run.epoch < args.epochs:
             run.model.train()
             seen, epoch_started = 0, time.monotonic()
-            for group in epoch_steps(run, run.epoch)[run.batch :]:
-                if run.plan and run.plan.due(run.step, run.batch, per_epoch):
-                    allocate_now(run, bar.write)
-                loss = train_step(run, group, learning_rate(run.step, total, args))
-                run.batch += 1
+            for group in epoch_steps(run, run.epoch)[run.step_in_epoch :]:
+                if run.plan and run.plan.due(run.step, run.step_in_epoch, per_epoch):
+                    decide(run)
+                lr = learning_rate(run.step, total, args.lr, args.schedule, args.warmup)
+                loss = train_step(run, group, lr)
+                run.step_in_epoch += 1
                 run.step += 1
                 seen += sum(map(len, group))
                 rate = seen / (time.monotonic() - epoch_started)
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
                 if run.step % args.log_every == 0:
-                    log(run, "train", step=run.step, epoch=run.epoch, loss=loss)
+                    change = {"weight_change": run.delta.weight_change()} if run.delta else {}
+                    log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
                 run.seconds = seconds_before + time.monotonic() - started
                 if run.stop:
-                    run_state.save(run)
+                    save(run)
                     return
-            run.epoch, run.batch = run.epoch + 1, 0
+            run.epoch, run.step_in_epoch = run.epoch + 1, 0
             run.last = evaluate(run.model, run.task, run.dev)
             run.seconds = seconds_before + time.monotonic() - started
             headline = run.task.metrics[0]
@@ -174,7 +295,7 @@ def train(run):
                 run.best = {**run.last, "epoch": run.epoch}
             log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
             bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
-            run_state.save(run)
+            save(run)
 
 
 @torch.inference_mode()
@@ -205,7 +326,7 @@ def evaluate(model, task, examples):
 def evaluate_test(run):
     """The test set once, at the end: its metrics, and every prediction (a character for a class).
 
-    No choice looks at them: not the best epoch, not an allocation.
+    No choice looks at them: not the best epoch, not a decision.
     """
     if run.test is None:
         return
@@ -216,17 +337,32 @@ def evaluate_test(run):
     run.test_predictions = separator.join(map(str, predictions))
 
 
-# --------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------- the run's folder
 
 
-def dry_run(run):
-    """One allocation, one step and one evaluation batch; nothing is written."""
-    if run.plan:
-        allocate_now(run, print)
-    loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
-    metrics = evaluate(run.model, run.task, run.dev[:EVAL_BATCH_SIZE])
-    n = min(EVAL_BATCH_SIZE, len(run.dev))
-    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples"
+def save(run):
+    """Write a checkpoint; every process calls this, the first one writes."""
+    generators = distributed.gather(checkpoint.random_state(run.device))
+    if distributed.rank() == 0:
+        state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
+        state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
+        lines = len(run_folder.read_log(run.folder))
+        checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
+
+
+PROGRESS = {  # what a checkpoint says of how far a run is
+    "position": ("epoch", "step_in_epoch", "step"),
+    "metrics": ("best", "last", "seconds", "score_seconds"),
+}
+
+
+def restore(run, state):
+    """Put a checkpoint back into a Run that set_up made from the same flags. ValueError: others."""
+    single_ranks.shrink_to(run.model, state["parameters"])
+    run.optimizer = make_optimizer(run.model, run.args)
+    checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device)
+    for name, value in {**state["position"], **state["metrics"]}.items():
+        setattr(run, name, value)
 
 
 def prepare(args, stack):
@@ -238,14 +374,15 @@ def prepare(args, stack):
             folder.
     """
     writes = distributed.rank() == 0 and not args.eval_only and not args.dry_run
+    run = None
     if args.resume:
         if writes:
             stack.enter_context(run_folder.locked(Path(args.resume)))
-        run = run_state.set_up(args)
-        stored, note = run_folder.load_checkpoint(Path(args.resume))
+        run = set_up(args)
+        stored, note = checkpoint.read_last(Path(args.resume))
         run.notes += [note] if note else []
         if stored:
-            run_state.restore(run, stored)
+            restore(run, stored)
         elif args.eval_only:
             raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
         if writes:
@@ -254,34 +391,60 @@ def prepare(args, stack):
             if run.plan and run.plan.history:
                 write_history(run)
         return run
-    run = run_state.set_up(args)
+    run = set_up(args)
     if writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(run_folder.locked(folder))
-        run_folder.refuse_filled(folder)
-        run.folder = folder
-        given = {k: v for k, v in vars(args).items() if k not in ("resume", "eval_only", "dry_run")}
-        run_folder.write_json(
-            folder / "config.json", {"flags": given, "versions": run_folder.versions()}
-        )
+        run.folder = run_folder.create(folder, stack, flags.stored(args))
     return run
 
 
-@contextlib.contextmanager
-def stop_on_signal(run):
-    """The first Ctrl-C (or SIGTERM) ends the run after its current step; a second one at once."""
+def finish(run):
+    """Write the adapter and the last line of the log; return the table that is printed."""
+    pairs = run.delta.export() if run.delta else None
+    lora.save_adapter(run.model, run.folder, pairs)
+    counts = lora.count_trainable(run.model)
+    head = sum(counts[module] for module in run.model.head)
+    adapters = sum(counts.values()) - head
+    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
+        log(
+            run,
+            "done",
+            **run.last,
+            dev=run.last,
+            test=run.test_metrics,
+            test_predictions=run.test_predictions,
+            best=run.best,
+            trainable={"adapters": adapters, "head": head},
+            seconds=round(run.seconds, 2),
+            score_seconds=round(run.score_seconds, 2),
+        )
+    costs = run.plan.costs if run.plan else {}
+    return report.table(
+        method=flags.describe(run.args),
+        adapters=adapters,
+        head=head,
+        last=run.last,
+        best=run.best,
+        test=run.test_metrics,
+        seconds=run.seconds,
+        score_seconds=run.score_seconds,
+        decisions=len(run.plan.history) if run.plan else 0,
+        folder=run.folder,
+        control=flags.equal_budget_control(run.args, adapters, costs) if run.plan else None,
+    )
 
-    def request(signum, _frame):
-        run.stop = True
-        signal.signal(signum, signal.default_int_handler)
 
-    before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+# --------------------------------------------------------------------------------------------- main
+
+
+def dry_run(run):
+    """One decision, one step and one evaluation batch; nothing is written."""
+    if run.plan:
+        decide(run)
+    loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
+    metrics = evaluate(run.model, run.task, run.dev[:EVAL_BATCH_SIZE])
+    n = min(EVAL_BATCH_SIZE, len(run.dev))
+    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples"
 
 
 def main(argv=None):
@@ -289,16 +452,15 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             args = flags.parse_flags(argv)
-            distributed.start()
+            distributed.start(args.device)
             stack.callback(distributed.stop)
-            if distributed.rank():  # the first process alone speaks
-                silence = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(silence))
-                stack.enter_context(contextlib.redirect_stderr(silence))
+            if distributed.rank():
+                stack.enter_context(terminal.silent())  # the first process alone speaks
             run = prepare(args, stack)
         except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             return 2
+        stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)
         if args.eval_only:
@@ -312,21 +474,20 @@ def main(argv=None):
 
 def carry_out(run):
     """Train, say how it ended, and return the exit code."""
-    args = run.args
-    print(report.method(args))
+    print(flags.describe(run.args))
     sizes = f"{len(run.train)} training, {len(run.dev)} development"
     sizes += f", {len(run.test)} test" if run.test is not None else ""
-    print(f"{args.task}: {sizes} examples")
+    print(f"{run.args.task}: {sizes} examples")
     try:
-        if args.dry_run:
+        if run.args.dry_run:
             print(dry_run(run))
             return 0
-        with stop_on_signal(run):
+        with terminal.stop_on_signal(run):
             train(run)
         if not run.stop:
             evaluate_test(run)
         if not run.stop and distributed.rank() == 0:
-            print(report.finish(run))
+            print(finish(run))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():

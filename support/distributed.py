@@ -24,10 +24,32 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start():
-    """Join the processes that torchrun started, if it did; gloo on the CPU, NCCL on CUDA."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def pick_device(name):
+    """--device as a torch.device; auto: CUDA if there is one, under torchrun one per process.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        cuda, local = torch.cuda.is_available(), os.environ.get("LOCAL_RANK", "0")
+        return torch.device("cuda", int(local)) if cuda else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name!r} cannot be used: {reason}; try cpu") from error
+    return device
+
+
+def start(device="auto"):
+    """Join the processes that torchrun started, if it did: gloo on the CPU, NCCL on CUDA."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    cuda = pick_device(device).type == "cuda"
+    if cuda:  # before anything else is put on a device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
 
 
 def stop():

@@ -9,11 +9,13 @@ What this file does not do: look at data, models or devices (train.py does).
 import argparse
 import difflib
 import math
+import sys
 import types
 
 import allocate
 import lora
 import proxies
+from relatives import single_ranks
 from support import glue, run_folder
 
 # -------------------------------------------------------------------------------------------- flags
@@ -99,17 +101,17 @@ FLAGS = {  # name: (type, default, help)
         "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way",
     ),
     "proxy": (
-        one_of(*proxies.PROXIES, *allocate.BASELINES, "uniform"),
+        one_of(*proxies.PROXIES, *allocate.BASELINES),
         "grad_norm",
         f"what a module is scored by: {', '.join(proxies.PROXIES)}; or a baseline: "
-        f"{', '.join(allocate.BASELINES)}, uniform (equal ranks within --budget-params)",
+        f"{', '.join(allocate.BASELINES)}",
     ),
     "keep": (number(float, 0, 1), 0.25, "budget as the fraction of modules that stay on"),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
     "per-rank": (one_of("yes", "no"), "no", "yes = spend --budget-params on ranks, static only"),
     "every": (number(float, 1e-9), 1.0, "epochs between two decisions, counted inside each epoch"),
     "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
-    "rank": (
+    "ranking": (
         one_of("together", "apart"),
         "together",
         "LoRA modules and shortcuts in one ranking (released: combined), or apart (separated)",
@@ -165,7 +167,7 @@ PRESETS = {
         "keep": 0.25,
         "every": 0.2,
         "score_batches": 32,
-        "rank": "together",
+        "ranking": "together",
     },
     "uniform-r2": {**RELEASED, "r": 2, "allocate": "none"},  # the same budget, spread evenly
 }
@@ -202,6 +204,7 @@ def parse_flags(argv):
     parser.add_argument(
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
+    refuse_old_spellings(sys.argv[1:] if argv is None else argv)
     given = vars(parser.parse_args(argv))
     defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
     if given["resume"] is None:
@@ -219,10 +222,30 @@ def parse_flags(argv):
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
 
 
+def refuse_old_spellings(argv):
+    """Raises ValueError that names the new spelling of a flag that was renamed."""
+    for word in argv:
+        if word.partition("=")[0] == "--rank":
+            raise ValueError("--rank is now --ranking (together or apart)")
+
+
+def stored(args):
+    """The flags that config.json keeps: all but those of this one call."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "eval_only", "dry_run")}
+
+
 def stored_flags(folder):
-    """The flags of a run, each as the command line would take it; ValueError names the one that
-    is wrong."""
+    """The flags of a run, each as the command line would take it.
+
+    Raises:
+        ValueError: a flag that is wrong, by its name; a run of an earlier version.
+    """
     stored, args = run_folder.read_config(folder), {}
+    if "ranking" not in stored:
+        raise ValueError(
+            f"{folder} was made by an earlier version of train.py, which called --ranking --rank: "
+            "it cannot be resumed, start a new run"
+        )
     for name, (kind, default, _) in FLAGS.items():
         key = name.replace("-", "_")
         value = args[key] = stored.get(key, default)
@@ -242,11 +265,62 @@ def stored_flags(folder):
     return args
 
 
+def describe(args):
+    """The method in one line."""
+    shortcuts = f"{args.shortcuts} shortcuts" if args.shortcuts != "none" else ""
+    places = [place for place in (",".join(args.targets), shortcuts) if place]
+    if not places:
+        return "head alone"
+    name = f"LoRA r={args.r} on {' + '.join(places)}"
+    if args.delta_ratio:
+        lazy = ", lazy" if args.delta_lazy == "yes" else ""
+        name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
+    if args.allocate == "none":
+        return name
+    budget = (
+        f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
+    )
+    return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
+
+
+def equal_budget_control(args, spent, costs):
+    """The run that spends as much on every module alike, at the same scaling alpha / r.
+
+    Args:
+        args: the flags of a run that allocates.
+        spent: int, its adapter parameters. costs: dict module -> parameters at rank args.r.
+
+    Returns:
+        (command, parameters), or None where not even rank 1 everywhere fits.
+    """
+    one = sum(costs.values()) // args.r  # rank 1 everywhere
+    r = spent // one
+    if r == 0:
+        return None
+    control = {**vars(args), "allocate": "none", "r": r}
+    for alpha in ("lora_alpha", "shortcut_alpha"):
+        control[alpha] = control[alpha] / args.r * r
+    if not args.targets:
+        del control["lora_alpha"]
+    if args.shortcuts == "none":
+        del control["shortcut_alpha"]
+    given = {"task": args.task}
+    about_allocation = ("keep", "budget-params", "per-rank", "every", "score-batches", "ranking")
+    for name, (_, default, _) in FLAGS.items():
+        value = control.get(name.replace("-", "_"), default)
+        if value != default and name not in (*about_allocation, "proxy", "out", "device"):
+            given[name] = ",".join(value) or "none" if isinstance(value, list) else value
+    text = " ".join(
+        f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in given.items()
+    )
+    return f"python train.py {text}", r * one
+
+
 def refuse_conflicts(given, args):
     """Flags that contradict each other, or would do nothing, are refused rather than ignored."""
     budget, allocation = args["budget_params"], args["allocate"]
     if allocation == "none":
-        useless = [f for f in ("keep", "budget_params", "every", "proxy", "rank") if f in given]
+        useless = [f for f in ("keep", "budget_params", "every", "proxy", "ranking") if f in given]
         if useless or args["per_rank"] == "yes":
             flag = (useless or ["per_rank"])[0].replace("_", "-")
             raise ValueError(f"--{flag} needs --allocate static or dynamic: nothing is allocated")
@@ -255,15 +329,12 @@ def refuse_conflicts(given, args):
     if budget is not None and "keep" in given:
         raise ValueError("--keep and --budget-params are two budgets: give one")
     if args["per_rank"] == "yes" and (
-        allocation != "static" or budget is None or args["proxy"] not in proxies.RANK_PROXIES
+        allocation != "static" or budget is None or args["proxy"] not in single_ranks.RANK_PROXIES
     ):
         raise ValueError(
             "--per-rank yes needs --allocate static, --budget-params N and --proxy "
-            f"{' or '.join(proxies.RANK_PROXIES)}"
+            f"{' or '.join(single_ranks.RANK_PROXIES)}"
         )
-    uniform = args["proxy"] == "uniform" and allocation != "none"
-    if uniform and (allocation != "static" or budget is None):
-        raise ValueError("--proxy uniform needs --allocate static and --budget-params N")
     if args["delta_ratio"] == 0:
         if "delta_start" in given or args["delta_lazy"] == "yes":
             raise ValueError("--delta-start and --delta-lazy need --delta-ratio other than 0")

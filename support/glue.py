@@ -185,6 +185,20 @@ def task_folder(name, data_dir):
     return folder
 
 
+def load_splits(name, data_dir=None, test=False):
+    """Train, dev, and the test set where it is asked for and has labels.
+
+    Returns:
+        ((train, dev, test), notes): test may be None; notes are lines for the person who asked.
+    """
+    train, dev = load_task(name, data_dir)
+    found, note = load_test(name, data_dir) if test else (None, "")
+    notes = [note] if note else []
+    if TASKS[name].labels and one_label(dev):
+        notes.append("all development examples have one label: the metrics say little")
+    return (train, dev, found), notes
+
+
 def one_label(examples):
     """Whether all examples have the same label: nothing can be learnt, or told, from them."""
     return len({label for _, label in examples}) == 1
@@ -295,6 +309,18 @@ def encode(examples, tokenizer, max_length):
         for e, (_, label) in zip(encodings, examples, strict=True)
     ]
     return encoded, sum(bool(e.overflowing) for e in encodings)
+
+
+def encode_splits(splits, tokenizer, max_length):
+    """Each split by encode, None stays None -> (encoded splits, notes)."""
+    encoded, cut = [], 0
+    for split in splits:
+        found, truncated = (None, 0) if split is None else encode(split, tokenizer, max_length)
+        encoded.append(found)
+        cut += truncated
+    return encoded, [
+        f"{cut} examples are longer than {max_length} tokens: truncated"
+    ] if cut else []
 
 
 # ----------------------------------------------------------------------------------------- batching

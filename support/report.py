@@ -1,98 +1,55 @@
-"""What a run says and leaves at its end: the method in words, the table, the adapter file.
+"""What a run says at its end: numbers in, lines of text out.
 
-What this file does not do: measure anything (train.py).
+What this file does not do: measure anything (train.py), draw (tools/plot.py).
 """
-
-import lora
-from support import flags, run_folder
 
 
 def show(metrics):
+    """Metrics in one line; the epoch, where there is one, is left out."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch")
 
 
-def method(args):
-    """The method in one line."""
-    places = [p for p in (",".join(args.targets), f"{args.shortcuts} shortcuts") if p]
-    places = [p for p in places if p != "none shortcuts"]
-    if not places:
-        return "head alone"
-    name = f"LoRA r={args.r} on {' + '.join(places)}"
-    if args.delta_ratio:
-        lazy = ", lazy" if args.delta_lazy == "yes" else ""
-        name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
-    if args.allocate == "none":
-        return name
-    budget = (
-        f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
-    )
-    return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
+def table(
+    *,
+    method,
+    adapters,
+    head,
+    last,
+    best,
+    test,
+    seconds,
+    score_seconds,
+    decisions,
+    folder,
+    control,
+):
+    """The last lines of a run.
 
-
-def counts(run):
-    """(trainable parameters of the adapters that are on, of the head)."""
-    per_module = lora.count_trainable(run.model)
-    head = sum(n for name, n in per_module.items() if name in run.model.head)
-    return sum(per_module.values()) - head, head
-
-
-def finish(run):
-    """Write the adapter and the last line of the log; return the table that is printed."""
-    adapters, head = counts(run)
-    save_adapter(run)
-    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
-        run_folder.log(
-            run.folder,
-            "done",
-            **run.last,
-            dev=run.last,
-            test=run.test_metrics,
-            test_predictions=run.test_predictions,
-            best=run.best,
-            trainable={"adapters": adapters, "head": head},
-            seconds=round(run.seconds, 2),
-            score_seconds=round(run.score_seconds, 2),
-        )
+    Args:
+        method: str, the method in one line.
+        adapters, head: int, trainable parameters.
+        last, best, test: dicts of metrics, test may be None; best holds its epoch.
+        seconds, score_seconds: float, of the run, and of these for decisions.
+        decisions: int, 0 where nothing is allocated.
+        folder: the run folder.
+        control: (command, parameters) of the run to compare with, or None.
+    """
     rows = {
-        "method": method(run.args),
+        "method": method,
         "trainable": f"{adapters:,} in adapters + {head:,} in the head",
-        "final": show(run.last),
-        "best": f"{show(run.best)} (epoch {run.best['epoch']})",
-        **({"test": show(run.test_metrics)} if run.test_metrics else {}),
-        "seconds": f"{run.seconds:.1f}",
+        "final": show(last),
+        "best": f"{show(best)} (epoch {best['epoch']})",
     }
-    if run.plan:
-        share = run.score_seconds / max(run.seconds, 1e-9)
-        rows["seconds"] += f", {run.score_seconds:.1f} of them ({share:.0%}) for scoring"
-        rows["allocated"] = f"{len(run.plan.history)} times; python tools/plot.py {run.folder}"
-    rows["run folder"] = str(run.folder)
-    if run.plan and run.args.proxy != "uniform":
-        rows["same budget, spread evenly"] = uniform_command(run, adapters)
-    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
-
-
-def save_adapter(run):
-    """adapter.safetensors: A, B and head; for Delta-LoRA the pairs that hold W's change too."""
-    tensors, layers = lora.trainable(run.model), lora.adapters(run.model)
-    exported = run.delta.export() if run.delta else {}
-    about = {
-        name: {"r": a.r, "scaling": a.scaling, "enabled": a.enabled} for name, a in layers.items()
-    }
-    for name, (lora_A, lora_B) in exported.items():
-        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
-        about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
-    run_folder.save_adapter(run.folder, tensors, about)
-
-
-def uniform_command(run, budget):
-    """The command of the baseline that spends the same parameters on every module alike."""
-    a = run.args
-    given = {"task": a.task, "data-dir": a.data_dir, "seed": a.seed, "allocate": "static"}
-    given |= {"proxy": "uniform", "budget-params": budget}
-    for name, (_, default, _) in flags.FLAGS.items():
-        value = getattr(a, name.replace("-", "_"))
-        allocation = ("keep", "every", "score-batches", "rank", "per-rank", "out", "device")
-        if name not in given and name not in allocation and value != default:
-            given[name] = ",".join(value) if isinstance(value, list) else value
-    text = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
-    return f"\n  python train.py {text}"
+    if test:
+        rows["test"] = show(test)
+    rows["seconds"] = f"{seconds:.1f}"
+    if decisions:
+        share = score_seconds / max(seconds, 1e-9)
+        rows["seconds"] += f", {score_seconds:.1f} of them ({share:.0%}) for decisions"
+        rows["decisions"] = f"{decisions}; python tools/plot.py {folder}"
+    rows["run folder"] = str(folder)
+    lines = [f"{name:<12}{value}" for name, value in rows.items()]
+    if control:
+        command, parameters = control
+        lines += [f"the same budget, spread evenly ({parameters:,} parameters):", f"  {command}"]
+    return "\n".join(lines)

@@ -1,31 +1,27 @@
 """The run folder: what a run leaves behind, written so that nothing is ever half there.
 
-    config.json              all flags, versions, git commit
-    metrics.jsonl            one JSON object a line; "event" = train | eval | score | done
-    checkpoint.pt            everything a resumed run needs to end with the same bits; its last 32
-                             bytes are the SHA-256 of the rest
-    checkpoint.previous.pt   the one before it, for when that one is damaged
-    adapter.safetensors      lora_A, lora_B of every module and the head, under our names
-    lock                     held by the process that writes here
+    config.json           all flags, versions, git commit
+    metrics.jsonl         one JSON object a line; "event" = train | eval | score | done
+    allocation.json       every decision: scores, and what is on
+    checkpoint.pt         the state of the run, and checkpoint.previous.pt (checkpoint.py)
+    adapter.safetensors   what was trained (adapter_file.py)
+    lock                  held by the process that writes here
 
 Files are written beside their final name, flushed to the disk, and renamed.
 
-What this file does not do: decide what is stored (train.py), export to other formats (tools/).
+What this file does not do: decide what is stored (train.py), export to other formats (tools/peft).
 """
 
 import contextlib
 import fcntl
-import hashlib
-import io
 import json
 import os
-import pickle
 import platform
 import subprocess
 from pathlib import Path
 
 import numpy
-import safetensors.torch
+import safetensors
 import tokenizers
 import torch
 
@@ -82,6 +78,27 @@ def locked(folder):
         yield
 
 
+def create(folder, stack, flags):
+    """Make a new run folder and hold its lock.
+
+    Args:
+        folder: pathlib.Path, new or empty.
+        stack: contextlib.ExitStack that lets the lock go.
+        flags: dict, what config.json stores.
+
+    Returns:
+        folder.
+
+    Raises:
+        OSError: it is not empty, in use, or cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder))
+    refuse_filled(folder)
+    write_json(folder / "config.json", {"flags": flags, "versions": versions()})
+    return folder
+
+
 def refuse_filled(folder):
     """Raises FileExistsError where a folder holds something: a run is never overwritten.
 
@@ -130,74 +147,3 @@ def truncate_log(folder, lines):
     write_atomic(
         folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode()
     )
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(folder, state):
-    """A dict of tensors, numbers and containers of them -> checkpoint.pt; the old one is kept."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    new, path = folder / "checkpoint.new.pt", folder / "checkpoint.pt"
-    write_atomic(new, content + hashlib.sha256(content).digest())
-    if path.exists():
-        os.replace(path, folder / "checkpoint.previous.pt")
-    os.replace(new, path)
-
-
-def read_checkpoint(path):
-    """The dict in one checkpoint file; code in the file is never executed.
-
-    Raises:
-        ValueError: damaged. FileNotFoundError: not there.
-    """
-    content = path.read_bytes()
-    body, digest = content[:-32], content[-32:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError(f"{path} is damaged: its checksum is wrong")
-    try:
-        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-
-
-def load_checkpoint(folder):
-    """The last checkpoint that is whole.
-
-    Returns:
-        (state, note): state is None where the run stopped before its first checkpoint; note says
-        what was damaged, "" if nothing was.
-
-    Raises:
-        ValueError: there are checkpoints, and none of them is whole.
-    """
-    problems = []
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        try:
-            state = read_checkpoint(folder / name)
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            at = state["position"]["step"]
-            note = f"{'; '.join(problems)}; going on from {name}, step {at}" if problems else ""
-            return state, note
-    if problems:
-        raise ValueError("; ".join(problems))
-    return None, ""
-
-
-def save_adapter(folder, tensors, about):
-    """adapter.safetensors: lora_A (r, in) and lora_B (out, r) of every module, and the head.
-
-    Args:
-        tensors: dict our name -> tensor, written sorted by name.
-        about: dict module -> {"r", "scaling", "enabled"}, in the metadata under "adapters": W_0 +
-            scaling * B A is the weight of a module that is enabled.
-    """
-    content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    metadata = {"adapters": json.dumps(about)}
-    write_atomic(folder / "adapter.safetensors", safetensors.torch.save(content, metadata))

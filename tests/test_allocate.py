@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import allocate
+from relatives import single_ranks
 
 
 def rng(seed=0):
@@ -177,7 +178,7 @@ def test_ranks_are_the_best_parts():
         table = torch.rand(3, 3, generator=g).tolist()
         rank_scores = dict(zip(names(3), table, strict=True))
         rank_costs = dict(zip(names(3), (5, 9, 7), strict=True))
-        kept = allocate.ranks_within_budget(rank_scores, rank_costs, 33)
+        kept = single_ranks.ranks_within_budget(rank_scores, rank_costs, 33)
         parts = {(n, k): s for n, row in rank_scores.items() for k, s in enumerate(row)}
         costs = {part: rank_costs[part[0]] for part in parts}
         chosen = [(n, k) for n, ks in kept.items() for k in ks]
@@ -185,14 +186,6 @@ def test_ranks_are_the_best_parts():
         best = brute_force(parts, costs, 33)
         assert sum(parts[c] for c in chosen) == pytest.approx(best, abs=1e-12)
         assert all(ks == sorted(set(ks)) for ks in kept.values())
-
-
-def test_uniform_ranks():
-    costs = dict(zip(names(3), (10, 20, 30), strict=True))
-    assert allocate.uniform_ranks(costs, 8, 179) == {n: [0, 1] for n in costs}
-    assert allocate.uniform_ranks(costs, 2, 10**6) == {n: [0, 1] for n in costs}
-    with pytest.raises(ValueError, match="less than the smallest module needs: 60"):
-        allocate.uniform_ranks(costs, 8, 59)
 
 
 def test_baselines():
@@ -209,7 +202,7 @@ def test_baselines():
 
 def plan(mode="dynamic", every=0.2, budget=None):
     costs = dict.fromkeys(names(8), 10)
-    return allocate.Reallocator(costs, mode, 0.25, budget, every, True, rng())
+    return allocate.Reallocator(costs, mode=mode, budget=budget, every=every, generator=rng())
 
 
 @pytest.mark.parametrize(
@@ -236,15 +229,15 @@ def test_static_schedule_is_once():
 
 def test_history_and_state():
     p = plan()
-    on = p.decide(random_scores(8, 1), step=0, epoch=0)
-    p.decide(dict.fromkeys(names(8), 0.0), step=7, epoch=1)
+    on = p.choose(random_scores(8, 1), step=0, epoch=0)
+    p.choose(dict.fromkeys(names(8), 0.0), step=7, epoch=1)
     assert [h["step"] for h in p.history] == [0, 7]
     assert {n for n, is_on in p.history[0]["on"].items() if is_on} == on and len(on) == 2
     twin = plan()
     twin.load(p.state())
     ties = dict.fromkeys(names(8), 1.0)
-    assert twin.decide(ties, 9, 1) == p.decide(ties, 9, 1)
-    assert len(plan(budget=35).decide(random_scores(8, 1), 0, 0)) == 3
+    assert twin.choose(ties, 9, 1) == p.choose(ties, 9, 1)
+    assert len(plan(budget=35).choose(random_scores(8, 1), 0, 0)) == 3
 
 
 # --------------------------------------------------------------------------------------------- grid

@@ -10,7 +10,6 @@ import lora
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
-from support import run_state
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
 from tools.faults import same
@@ -242,7 +241,7 @@ def test_once_per_optimizer_step_with_accumulation(tmp_path):
     results = []
     for groups in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]):
         flags = [*text.split(), "--delta-ratio", "2", "--delta-start", "-1"]
-        trained = run_state.set_up(parse_flags(flags))
+        trained = train.set_up(parse_flags(flags))
         trained.model.double()
         calls = []
         after = trained.delta.after_step
@@ -369,7 +368,7 @@ def test_a_redrawn_pair_begins_a_new_stretch():
     m = problem()
     delta, optimizer, w0 = DeltaLoRA(m, 0.8, -1), adamw(m), weights(m)
     run(m, 5, optimizer, delta)
-    for name in delta.layers:
+    for name in delta.adapters:
         delta.end_stretch(name)
     first = products(m)
     tiny.randomise([p for a in lora.adapters(m).values() for p in (a.lora_A, a.lora_B)], 7)
@@ -464,7 +463,7 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
     out = tmp_path / "run"
     assert train.main([*flags, "--out", str(out)]) == 0
     trained = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
-    fresh = run_state.set_up(parse_flags(flags))
+    fresh = train.set_up(parse_flags(flags))
     with safe_open(out / "adapter.safetensors", "pt") as file:
         about = json.loads(file.metadata()["adapters"])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -480,7 +479,7 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
     moved = [
         n
         for n, a in lora.adapters(trained.model).items()
-        if n in trained.delta.layers and a.enabled
+        if n in trained.delta.adapters and a.enabled
     ]
     assert any(about[n]["r"] > 2 for n in moved)
 

@@ -12,7 +12,7 @@ import torch
 import lora
 import tiny
 import train
-from support import distributed, flags, hetero, run_folder, run_state
+from support import checkpoint, distributed, flags, run_folder
 
 METHODS = {
     "lora": "--preset lora --accumulate 2 --clip 0.5",
@@ -31,13 +31,13 @@ def argv(tmp_path):
 
 def two_epochs(argv):
     """A run in float64: what came of it."""
-    run, losses = run_state.set_up(flags.parse_flags(argv)), []
+    run, losses = train.set_up(flags.parse_flags(argv)), []
     run.model.double()
     for epoch in range(2):
         groups = train.epoch_steps(run, epoch)
         for i, group in enumerate(groups):
             if run.plan and run.plan.due(run.step, i, len(groups)):
-                train.allocate_now(run, lambda text: None)
+                train.decide(run)
             losses.append(train.train_step(run, group, 0.01))
             run.step += 1
     return {
@@ -96,18 +96,18 @@ def test_processes_that_would_disagree_agree(argv, tmp_path, monkeypatch):
         return {n: 1.0 + tilt * (-1) ** i for i, n in enumerate(lora.adapters(model))}
 
     def decide():
-        run = run_state.set_up(flags.parse_flags(argv))
-        train.allocate_now(run, lambda text: None)
+        run = train.set_up(flags.parse_flags(argv))
+        train.decide(run)
         return run.plan.history[0]
 
-    monkeypatch.setattr(hetero.proxies, "score", tilted)
+    monkeypatch.setattr(train.proxies, "score", tilted)
     first, second = in_processes(decide, 2, tmp_path)
     assert first == second and set(first["scores"].values()) == {1.0}
 
 
 def test_each_process_draws_its_own_dropout(argv, tmp_path):
     def initial_seed():
-        run_state.set_up(flags.parse_flags([*argv, "--seed", "4"]))
+        train.set_up(flags.parse_flags([*argv, "--seed", "4"]))
         return torch.initial_seed()
 
     first, second = in_processes(initial_seed, 2, tmp_path)
@@ -126,7 +126,7 @@ def test_a_run_under_torchrun(argv, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("method ") == 1
-    stored, note = run_folder.load_checkpoint(out)
+    stored, note = checkpoint.read_last(out)
     assert stored["position"]["step"] == 10 and note == ""
     assert len(stored["generators"]) == 2
     assert [e["event"] for e in run_folder.read_log(out)].count("eval") == 2
@@ -139,8 +139,8 @@ def test_a_run_under_torchrun(argv, tmp_path):
 def test_another_number_of_processes_is_refused(argv, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*argv, "--epochs", "1", "--out", str(out)]) == 0
-    stored, _ = run_folder.load_checkpoint(out)
-    run_folder.save_checkpoint(out, {**stored, "generators": stored["generators"] * 2})
+    stored, _ = checkpoint.read_last(out)
+    checkpoint.write(out, {**stored, "generators": stored["generators"] * 2})
     assert train.main(["--resume", str(out)]) == 2
     assert "has 2 processes, this is 1: resume with as many" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import lora
 import tiny
 import train
 from model import load_pretrained
-from support import glue, hf_folder, run_folder, run_state
+from support import checkpoint, glue, hf_folder
 from tools.faults import outcome, same
 
 ROOT = Path(train.__file__).parent
@@ -45,7 +45,7 @@ def test_one_example_and_a_batch_larger_than_the_data(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 training, 1 development examples" in printed
     assert "all development examples have one label: the metrics say little" in printed
-    assert run_folder.load_checkpoint(out)[0]["position"]["step"] == 2
+    assert checkpoint.read_last(out)[0]["position"]["step"] == 2
 
 
 def test_one_label_only_is_refused(tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_data_order_depends_on_the_seed_alone(tmp_path):
     orders = []
     for more in ([], ["--preset", "delta-lora"], ["--r", "3"], ["--lr", "1", "--targets", "fc1"]):
         args = train.flags.parse_flags(flags_of(model, task, tmp_path / "x", *more))
-        run = run_state.set_up(args)
+        run = train.set_up(args)
         orders.append([train.epoch_steps(run, epoch) for epoch in (0, 1)])
     assert all(order == orders[0] for order in orders) and orders[0][0] != orders[0][1]
 

@@ -14,7 +14,7 @@ import torch
 import lora
 import tiny
 import train
-from support import run_folder
+from support import adapter_file, run_folder
 from tools.peft import __main__ as tool
 from tools.peft import commands, config, reading, writing
 
@@ -368,21 +368,25 @@ def made_up_run(folder, flags=(), tensors=(), about=None):
     """A run folder of one module of rank 2, with changes; about: the metadata in its adapter."""
     folder.mkdir()
     given = {"model": "base", "lora_dropout": 0.0, "shortcuts": "none", "shortcut_norm": "none"}
-    run_folder.write_json(folder / "config.json", {"flags": {**given, **dict(flags)}})
+    given |= dict(flags)
+    run_folder.write_json(folder / "config.json", {"flags": given})
     name = "layers.0.q_proj"
     content = {f"{name}.lora_A": torch.ones(2, 12), f"{name}.lora_B": torch.ones(12, 2)}
     content |= dict(tensors)
     about = {name: {"r": 2, "scaling": 0.5, "enabled": True}} if about is None else about
-    run_folder.save_adapter(folder, content, about)
+    adapter_file.write(folder, content, about, given["shortcut_norm"])
     return folder
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"about": {"layers.1.q_proj": {"scaling": 1, "enabled": True}}}, "is not the adapter of"),
-        ({"about": {"layers.0.q_proj": {"enabled": True}}}, "is not the adapter of a run"),
-        ({"about": [1]}, "is not the adapter of a run"),
+        (
+            {"about": {"layers.1.q_proj": {"r": 2, "scaling": 1, "enabled": True}}},
+            "has no layers.1.q_proj.lora_A, layers.1.q_proj.lora_B",
+        ),
+        ({"about": {"layers.0.q_proj": {"enabled": True}}}, "is no adapter of this program"),
+        ({"about": [1]}, "is no adapter of this program"),
         ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12, 3)}}, "do not multiply"),
         ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12)}}, "do not multiply"),
         ({"tensors": {"layers.0.q_proj.lora_B": torch.full((12, 2), math.nan)}}, "is not finite"),

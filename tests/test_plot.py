@@ -12,7 +12,7 @@ import torch
 import lora
 import tiny
 from delta_lora import DeltaLoRA
-from support import run_folder
+from support import checkpoint, run_folder
 from tools import plot, plot_block
 
 FLAGS = {"delta_ratio": 0.7, "delta_start": 1, "r": 3, "lora_alpha": 5}
@@ -39,12 +39,10 @@ def made_up_run(folder, flags=FLAGS):
         run_folder.log(folder, "train", step=step, weight_change=changes)
     run_folder.write_json(folder / "config.json", {"flags": flags})
     on = {name: layer.enabled for name, layer in layers.items()}
-    tensors = {name: p.detach() for name, p in lora.trainable(model).items()}
-    state = {"parameters": dict(tensors), "on": on, "delta": delta.state()}
-    run_folder.save_checkpoint(folder, state)
-    for name, (lora_A, lora_B) in delta.export().items():
-        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
-    run_folder.save_adapter(folder, tensors, {})
+    parameters = {name: p.detach() for name, p in lora.trainable(model).items()}
+    state = {"parameters": parameters, "on": on, "delta": delta.state()}
+    checkpoint.write(folder, state)
+    lora.save_adapter(model, folder, delta.export())
     return {name: (a.base.weight - before[name]).detach() for name, a in layers.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 import lora
 import proxies
 import tiny
+from relatives import single_ranks
 
 ALL = lora.SHORTCUTS["all"]
 GRADIENT_PROXIES = ("grad_norm", "snip", "grasp", "fisher", "grad_norm_slot", "snip_slot")
@@ -92,7 +93,8 @@ def test_slot_scores_are_those_of_the_dense_matrix():
     m, batches = problem()
     g = dense_gradients(m, batches)
     norms, snips = (proxies.score(p, m, batches) for p in ("grad_norm_slot", "snip_slot"))
-    pairs = proxies.pair_gradients(m, batches)
+    found = proxies.factor_gradients(m, batches)
+    pairs = {name: (a, b) for name, ((_, a), (_, b)) in found.items()}
     for name, layer in lora.adapters(m).items():
         place = name.rpartition(".")[2]
         assert norms[name] == pytest.approx(g[name].square().sum().sqrt().item(), rel=1e-9)
@@ -450,10 +452,10 @@ def test_modules_that_are_off_are_scored_as_if_on():
 
 def test_rank_scores_are_those_of_the_rows_and_columns():
     m, batches = problem()
-    ranks = proxies.score_ranks("snip", m, batches)
+    ranks = single_ranks.score_ranks("snip", m, batches)
     whole = proxies.score("snip", m, batches)
     assert {n: sum(r) for n, r in ranks.items()} == pytest.approx(whole, rel=1e-12)
-    norms = proxies.score_ranks("grad_norm", m, batches)
+    norms = single_ranks.score_ranks("grad_norm", m, batches)
     for name in SOME[:1]:
         layer = lora.adapters(m)[name]
         a, b = numeric(m, batches, layer.lora_A), numeric(m, batches, layer.lora_B)
@@ -461,7 +463,7 @@ def test_rank_scores_are_those_of_the_rows_and_columns():
             expected = (a[k] ** 2).sum() ** 0.5 + (b[:, k] ** 2).sum() ** 0.5
             assert norms[name][k] == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(ValueError, match="does not tell ranks apart, allowed: grad_norm, snip"):
-        proxies.score_ranks("constant", m, batches)
+        single_ranks.score_ranks("constant", m, batches)
 
 
 def test_refusals():

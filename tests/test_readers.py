@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import lora
 import tiny
 from model import Config, load_pretrained
-from support import glue, hf_folder, run_folder
+from support import checkpoint, glue, hf_folder
 from support.flags import FLAGS, parse_flags
 from tools.peft import reading
 
@@ -196,12 +196,12 @@ def test_tokenizer_json(tmp_path, changes):
 @given(changes=CHANGES)
 def test_checkpoints_are_whole_or_refused(tmp_path, changes):
     state = {"position": {"step": 3}, "parameters": {"a": torch.arange(9.0)}}
-    run_folder.save_checkpoint(tmp_path, state)
+    checkpoint.write(tmp_path, state)
     path = tmp_path / "checkpoint.pt"
     good = path.read_bytes()
     bad = changed(good, changes)
     path.write_bytes(bad)
-    loaded, complaint = read(run_folder.read_checkpoint, path)
+    loaded, complaint = read(checkpoint.read, path)
     assert (complaint is None) == (bad == good)
     if loaded:
         assert torch.equal(loaded["parameters"]["a"], torch.arange(9.0))

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import types
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch
 import lora
 import tiny
 import train
-from support import report, run_folder, run_state
+from support import checkpoint, report, run_folder
 from support.flags import parse_flags as flags_of
 from tools.faults import same
 
@@ -27,7 +26,7 @@ def flags(tmp_path):
 
 
 def weights(folder):
-    return run_folder.load_checkpoint(folder)[0]
+    return checkpoint.read_last(folder)[0]
 
 
 def events(folder):
@@ -160,7 +159,7 @@ def test_head_alone(flags, tmp_path, capsys):
 
 
 def test_frozen_weights_do_not_move(flags, tmp_path):
-    run = run_state.set_up(flags_of(flags))
+    run = train.set_up(flags_of(flags))
     before = {n: p.clone() for n, p in run.model.named_parameters()}
     for group in train.epoch_steps(run, 0):
         train.train_step(run, group, 0.1)
@@ -172,7 +171,7 @@ def test_accumulation_equals_one_large_batch(flags):
     """Unequal batches weigh by their examples: the step is that of the mean over all of them."""
     results = []
     for groups in ([[0, 1, 2, 3, 4], [5, 6]], [[0, 1, 2, 3, 4, 5, 6]]):
-        run = run_state.set_up(flags_of([*flags, "--clip", "0.05"]))
+        run = train.set_up(flags_of([*flags, "--clip", "0.05"]))
         run.model.double()
         loss = train.train_step(run, groups, 0.1)
         results.append((loss, lora.trainable(run.model)))
@@ -183,7 +182,7 @@ def test_accumulation_equals_one_large_batch(flags):
 
 def test_clipping_bounds_the_gradient(flags, monkeypatch):
     """With plain SGD of rate 1, the step is as long as the clipped gradient."""
-    run = run_state.set_up(flags_of([*flags, "--clip", "0.01"]))
+    run = train.set_up(flags_of([*flags, "--clip", "0.01"]))
     run.optimizer = torch.optim.SGD(lora.trainable(run.model).values(), lr=1.0)
     before = {n: p.detach().clone() for n, p in lora.trainable(run.model).items()}
     train.train_step(run, [[0, 1, 2]], 1.0)
@@ -192,11 +191,10 @@ def test_clipping_bounds_the_gradient(flags, monkeypatch):
 
 
 def test_learning_rates():
-    args = types.SimpleNamespace(lr=2.0, warmup=4, schedule="linear")
-    rates = [train.learning_rate(step, 12, args) for step in range(13)]
+    rates = [train.learning_rate(step, 12, 2.0, "linear", 4) for step in range(13)]
     assert rates == [0, 0.5, 1.0, 1.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0]
-    args.schedule = "constant"
-    assert [train.learning_rate(s, 12, args) for s in (0, 3, 4, 11)] == [0, 1.5, 2.0, 2.0]
+    constant = [train.learning_rate(s, 12, 2.0, "constant", 4) for s in (0, 3, 4, 11)]
+    assert constant == [0, 1.5, 2.0, 2.0]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
@@ -216,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert "the loss of step 7 is nan; try a smaller --lr" in message
     assert where == f"the last good checkpoint is kept in {out}"
     state = weights(out)
-    assert state["position"] == {"epoch": 1, "batch": 0, "step": 5}
+    assert state["position"] == {"epoch": 1, "step_in_epoch": 0, "step": 5}
     assert all(p.isfinite().all() for p in state["parameters"].values())
 
 
@@ -274,7 +272,7 @@ def test_importing_is_silent():
 
 def test_adapters_are_what_the_flags_say(flags):
     args = flags_of([*flags, "--targets", "fc2,k_proj", "--lora-alpha", "3"])
-    run = run_state.set_up(args)
+    run = train.set_up(args)
     layers = lora.adapters(run.model)
     assert list(layers) == [f"layers.{i}.{p}" for i in (0, 1) for p in ("k_proj", "fc2")]
     assert all(a.scaling == 1.5 and a.r == 2 for a in layers.values())

@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from support import glue, run_folder
+from support import checkpoint, glue, run_folder
 
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
@@ -39,7 +39,7 @@ METHODS = {
 }
 PHASES = {  # function on the stack -> phase
     "save": "checkpoint",
-    "allocate_now": "scoring",
+    "decide": "scoring",
     "evaluate": "evaluation",
     "finish": "result",
     "train_step": "training",
@@ -140,7 +140,7 @@ def outcome(folder):
     """What a finished run consists of."""
     allocation = folder / "allocation.json"
     return {
-        "checkpoint": run_folder.load_checkpoint(folder)[0],
+        "checkpoint": checkpoint.read_last(folder)[0],
         "log": run_folder.read_log(folder),
         "decisions": json.loads(allocation.read_text()) if allocation.is_file() else None,
         "adapter": (folder / "adapter.safetensors").read_bytes(),

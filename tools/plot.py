@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support import run_folder
+from support import checkpoint, run_folder
 from tools import plot_block
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +152,7 @@ def factored_change(folder, flags):
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no adapter.safetensors: finish the run (--resume)")
     adapter = safetensors.torch.load_file(path)
-    state = run_folder.read_checkpoint(folder / "checkpoint.pt")
+    state = checkpoint.read(folder / "checkpoint.pt")
     found = {}
     for name in state["delta"]["ended"]:  # the modules with a weight that can move
         pair = (f"{name}.lora_A", f"{name}.lora_B")

@@ -21,7 +21,7 @@ import allocate
 import lora
 import proxies
 import train
-from support import flags, run_folder, run_state, seeds
+from support import flags, run_folder, seeds
 from tools.bench import pictures, timing
 
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -65,7 +65,7 @@ def reallocation(modules=300):
 
 def score(rounds, task, data_dir, picture):
     """Lines of the table; the picture goes to the path `picture`."""
-    run = run_state.set_up(flags.parse_flags(flags_of(task, data_dir)))
+    run = train.set_up(flags.parse_flags(flags_of(task, data_dir)))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.adapters(run.model).values():
@@ -102,7 +102,7 @@ def decisions(argv):
     Returns:
         list of {count: share of S_32, "others": the share that the next 32 batches choose}.
     """
-    run = run_state.set_up(flags.parse_flags(argv))
+    run = train.set_up(flags.parse_flags(argv))
     args, found = run.args, []
     args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size

@@ -110,15 +110,21 @@ def combined(proxy, layer, a, b):
         yield "lora_B alone", in_b.abs().sum().item()
 
 
+def gradients_of(model, batches):
+    """{name: (dL/dA, dL/dB)}."""
+    found = proxies.factor_gradients(model, batches)
+    return {name: tuple(gradient for _, gradient in pairs) for name, pairs in found.items()}
+
+
 def scores(proxy, config, weights, adapters, batches):
     for cause, wrong in rescaled(adapters) if not proxy.startswith("alpha") else ():
         yield cause, ours.scores(proxy, config, weights, wrong, batches)
     model, paths = ours.build(config, weights, adapters)
     if proxy in ("grad_norm", "snip"):
         layers = lora.adapters(model)
-        parts = [proxies.pair_gradients(model, [batch]) for batch in batches]
+        parts = [gradients_of(model, [batch]) for batch in batches]
         summed = {n: [sum(p[n][i] for p in parts) for i in (0, 1)] for n in layers}
-        right = proxies.pair_gradients(model, batches)
+        right = gradients_of(model, batches)
         for cause, gradients in (
             ("gradients summed over batches instead of the mean", summed),
             ("mean of the batches' means, whatever their size", halved(summed, len(batches))),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train
 from model import load_pretrained
-from support import glue, report, run_folder
+from support import adapter_file, glue, report
 from tools.peft import reading, writing
 
 
@@ -38,7 +38,7 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
     tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
     about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}
-    run_folder.save_adapter(out, tensors, about)
+    adapter_file.write(out, tensors, about, model.config.shortcut_norm)
     return f"{found}\n{out / 'adapter.safetensors'}"
 
 

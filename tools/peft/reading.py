@@ -192,15 +192,12 @@ def read(folder, model):
 def put(model, pairs, head):
     """LoRALayers for the pairs, and the head, into a model that has no adapters; in place."""
     for name, pair in pairs.items():
-        parent, _, place = name.rpartition(".")
-        base = model.get_submodule(name)
-        sizes = (base.in_features, base.out_features)
-        layer = lora.LoRALayer(base, *sizes, r=1, generator=torch.Generator())  # replaced below
-        layer.r, layer.scaling = pair.r, pair.scaling
+        layer = lora.LoRALayer(*lora.base_of(model, name), r=1, generator=torch.Generator())
+        layer.r, layer.scaling = pair.r, pair.scaling  # any rank, also above min(in, out)
         layer.lora_alpha = pair.scaling * pair.r
-        layer.lora_A = torch.nn.Parameter(pair.lora_A.to(base.weight).clone())  # (r, in)
-        layer.lora_B = torch.nn.Parameter(pair.lora_B.to(base.weight).clone())  # (out, r)
-        setattr(model.get_submodule(parent), place, layer)
+        layer.lora_A = torch.nn.Parameter(pair.lora_A.clone())  # (r, in)
+        layer.lora_B = torch.nn.Parameter(pair.lora_B.clone())  # (out, r)
+        lora.put(model, name, layer)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in head.items():

@@ -20,12 +20,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
 import lora
-from support import download, hf_folder, run_folder
+from support import adapter_file, download, hf_folder, run_folder
 
 ROOT = "base_model.model."
 HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
@@ -88,17 +87,14 @@ def read_run(folder):
         raise FileNotFoundError(
             f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
         )
-    tensors = hf_folder.read_file(path)
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["adapters"])
-        pairs = {
-            name: Pair(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], float(a["scaling"]))
-            for name, a in about.items()
-            if a["enabled"]
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the adapter of a run: {error!r}") from error
+    tensors, about = adapter_file.read(path, flags["shortcut_norm"])
+    on = {name: a["scaling"] for name, a in about.items() if a["enabled"]}
+    absent = [
+        f"{n}.{key}" for n in on for key in ("lora_A", "lora_B") if f"{n}.{key}" not in tensors
+    ]
+    if absent:
+        raise ValueError(f"{path} has no {', '.join(absent)}")
+    pairs = {n: Pair(tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], s) for n, s in on.items()}
     for name, pair in pairs.items():
         shapes = pair.lora_A.shape, pair.lora_B.shape
         if any(len(s) != 2 for s in shapes) or shapes[0][0] != shapes[1][1]:

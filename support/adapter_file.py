@@ -1,0 +1,95 @@
+"""adapter.safetensors: what a run trained, in one file.
+
+    tensors     lora_A (r, in) and lora_B (out, r) of every module, and the head, under our names
+    metadata    "adapters": {module: {"r", "scaling", "enabled"}}; "shortcut_norm", where it is not
+                "none"
+
+The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
+
+What this file does not do: other formats (tools/peft).
+"""
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from support.run_folder import write_atomic
+
+
+def adapter_path(path):
+    """The file itself, of a file or of the folder that it lies in."""
+    path = Path(path)
+    return path / "adapter.safetensors" if path.is_dir() else path
+
+
+def write(path, tensors, about, shortcut_norm):
+    """Write the file, whole or not at all.
+
+    Args:
+        path: the file, or its folder.
+        tensors: dict our name -> tensor.
+        about: dict module -> {"r", "scaling", "enabled"}.
+        shortcut_norm: of the model's config.
+    """
+    content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    metadata = {"adapters": json.dumps(about)}
+    if shortcut_norm != "none":
+        metadata["shortcut_norm"] = shortcut_norm
+    write_atomic(adapter_path(path), safetensors.torch.save(content, metadata))
+
+
+def read(path, shortcut_norm):
+    """What `write` wrote.
+
+    Args:
+        path: the file, or its folder.
+        shortcut_norm: of the model that the adapter is for.
+
+    Returns:
+        (tensors, about): as given to `write`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no adapter of this program, or one for a model with another shortcut_norm.
+    """
+    path = adapter_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path}: give a run folder or its .safetensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = {
+            name: {"r": int(a["r"]), "scaling": float(a["scaling"]), "enabled": bool(a["enabled"])}
+            for name, a in json.loads(metadata["adapters"]).items()
+        }
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no adapter of this program: {error!r}") from error
+    norm = metadata.get("shortcut_norm", "none")
+    if norm != shortcut_norm:
+        raise ValueError(
+            f"{path} was trained with shortcut_norm {norm!r}: load the model with that, not "
+            f"{shortcut_norm!r}"
+        )
+    return tensors, about
+
+
+def refuse_misfit(path, tensors, expected):
+    """Raises ValueError that names what is missing, unexpected, misshapen or not finite.
+
+    Args:
+        tensors: dict name -> tensor, of the file.
+        expected: dict name -> shape, or None where any will do.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        shape, tensor = expected[name], tensors[name]
+        if shape is not None and shape != tensor.shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+        elif not tensor.is_floating_point() or not tensor.isfinite().all():
+            problems.append(f"{name} is not a tensor of finite numbers")
+    if problems:
+        raise ValueError(f"{path} does not fit this model: {'; '.join(sorted(problems)[:5])}")

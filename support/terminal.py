@@ -1,0 +1,47 @@
+"""Between a run and the person at the terminal: signals, warnings, silence.
+
+What this file does not do: decide what is said (train.py).
+"""
+
+import contextlib
+import os
+import signal
+import warnings
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def stop_on_signal(run):
+    """Set run.stop at the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+
+    def request(signum, _frame):
+        run.stop = True
+        signal.signal(signum, signal.default_int_handler)
+
+    before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def warnings_as_notes():
+    """Print every UserWarning as one line beside the progress bar."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}")
+        yield
+
+
+@contextlib.contextmanager
+def silent():
+    """Nothing is printed; under torchrun only one process speaks."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
