@@ -214,7 +214,7 @@ def main(words):
                 if pid:
                     running[pid] = mutant, root, report
                 else:
-                    print(f"{mutant[0]:<19}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+                    print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
                     copies.append(root)
             if running:
                 pid, status = os.wait()
@@ -224,7 +224,7 @@ def main(words):
                 with report:
                     said = verdict(status, report)
                 killed += said.startswith("killed")
-                print(f"{mutant[0]:<19}{mutant[3]:<52}{said}", flush=True)
+                print(f"{mutant[0]:<24}{mutant[3]:<52}{said}", flush=True)
     print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
     return 1 if killed < total or not total else 0
 

@@ -55,4 +55,5 @@ def test_what_a_benchmark_does_not_take_is_refused(argv, message, capsys):
 def test_bad_data_is_one_line(tmp_path, capsys):
     argv = ["score", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path)]
     assert bench.main(argv) == 2
-    assert capsys.readouterr().err.startswith("tools.bench: ")
+    error = capsys.readouterr().err
+    assert error.startswith("tools.bench: ") and error.count("\n") == 1
