@@ -15,6 +15,7 @@ import torch
 import lora
 from delta_lora import DeltaLoRA
 from model import Config, Transformer
+from support.families import FAMILIES
 from tools.bench import peak, pictures, timing
 
 ADAPTED = {"q,v": ("q_proj", "v_proj"), "all six": lora.LINEARS}
@@ -25,6 +26,7 @@ def opt_350m(targets):
     """BLOCKS blocks of OPT-350M's shape (d 1024, FFN 4096, post-LN), with LoRA r 8."""
     config = Config(
         family="opt",
+        **FAMILIES["opt"].features,
         vocab_size=1000,
         hidden_size=1024,
         num_layers=BLOCKS,
@@ -33,11 +35,9 @@ def opt_350m(targets):
         max_positions=128,
         embed_dim=512,
         pad_token_id=1,
-        layer_norm_eps=1e-5,
         activation="relu",
         pre_ln=False,
         final_norm=False,
-        position_offset=2,
     )
     torch.manual_seed(0)
     model = Transformer(config)

@@ -21,7 +21,7 @@ import allocate
 import lora
 import proxies
 import train
-from support import flags, run_folder, seeds
+from support import evaluation, flags, run_folder, seeds
 from tools.bench import pictures, timing
 
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -71,7 +71,7 @@ def score(rounds, task, data_dir, picture):
         for layer in lora.adapters(run.model).values():
             layer.lora_B.normal_(0, 0.02, generator=rng)
     first = list(range(run.args.batch_size))
-    batches = [train.batch_of(run.model, [run.train[i] for i in first])]
+    batches = [evaluation.batch_of(run.model, [run.train[i] for i in first])]
     arms = {"step": [lambda: train.train_step(run, [first], 1e-3)]}
     for name in proxies.PROXIES:
         arms[name] = [lambda name=name: proxies.score(name, run.model, batches)]
@@ -107,7 +107,7 @@ def decisions(argv):
     args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size
     batches = [
-        train.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
+        evaluation.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
     ]  # in the order of the training set, so that n batches are a part of 32
 
     def chosen(batches):

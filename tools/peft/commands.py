@@ -5,9 +5,8 @@ What this file does not do: read the command line or print (__main__.py).
 
 from pathlib import Path
 
-import train
 from model import load_pretrained
-from support import adapter_file, glue, report
+from support import adapter_file, evaluation, glue, report
 from tools.peft import reading, writing
 
 
@@ -33,7 +32,7 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     if task:
         _, dev = glue.load_task(task, data_dir)
         examples, _ = glue.encode(dev, tokenizer, min(128, model.config.max_positions))
-        found += "\n" + report.show(train.evaluate(model, glue.TASKS[task], examples))
+        found += "\n" + report.show(evaluation.evaluate(model, glue.TASKS[task], examples))
     out.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
     tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
