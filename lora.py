@@ -401,9 +401,10 @@ def load_adapter(model, path):
     bases = {}
     for name, a in about.items():
         try:
-            bases[name] = base, n_in, n_out = base_of(model, name)
+            bases[name] = base_of(model, name)
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
+        _, n_in, n_out = bases[name]
         expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
     adapter_file.refuse_misfit(path, tensors, expected)
     for name, a in about.items():  # only now: a refused file leaves the model as it was

@@ -290,4 +290,4 @@ def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     picture = plt.imread(out / "allocation.png")
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert plot.main([str(tmp_path)]) == 2
-    assert "has no allocation.json" in capsys.readouterr().err
+    assert "is no run folder" in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""Delta-LoRA against PEFT, which does not have it: a whole run from step 0 is LoRA with alpha' = (1
-+ lambda) alpha."""
+"""Delta-LoRA against PEFT, which lacks it: from step 0 on it is LoRA with (1 + lambda) alpha."""
 
 import peft
 import pytest
