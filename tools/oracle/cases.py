@@ -75,7 +75,7 @@ RUN_SEED, SHORT_RUN_SEED = 62, 101  # in both runs something goes off and return
 
 @dataclasses.dataclass
 class Case:
-    """What is checked is function(**arguments); tolerance by dtype, relative to the largest value."""
+    """function(**arguments) is checked; tolerance by dtype, relative to the largest value."""
 
     name: str
     function: str
@@ -95,7 +95,7 @@ def draw(rng, *shape, scale=1.0):
 
 
 def layer_cases():
-    """Forward, backward and merge: a Linear, a Conv1D, and both square (no shape tells A from B)."""
+    """Forward, backward and merge: a Linear, a Conv1D, and both where in = out."""
     cases, formula = [], "y = W x + b + (lora_alpha / r) B A x"
     kinds = [("linear", 5, 4), ("transposed", 5, 4), ("square", 4, 4), ("square-transposed", 4, 4)]
     for seed, (kind, inner, outer) in enumerate(kinds):
@@ -407,8 +407,8 @@ def training_cases():
                 "batches": [batch_of("bert", rng, (7, 3, 5)[: 3 - i % 2]) for i in range(12)],
                 "settings": SETTINGS,
             },
-            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, together, all modules scored; "
-            "modules go off and return; Delta-LoRA on what is on and linear",
+            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, together, all modules "
+            "scored; some go off and return; Delta-LoRA on what is on and linear",
             "arXiv 2406.14956, dynamic; arXiv 2309.02411",
             loose,
         )
@@ -462,7 +462,7 @@ def network_cases():
             "short_run",
             "short_run",
             {"layers": layers, "batches": batches, "settings": {**SETTINGS, "keep": 0.5}},
-            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, all layers scored; layers go "
+            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, all layers scored; some go "
             "off and return; Delta-LoRA on what is on",
             "arXiv 2406.14956, dynamic; arXiv 2309.02411",
             {"float64": 1e-8, "float32": 1e-3},

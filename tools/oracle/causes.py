@@ -4,17 +4,28 @@ A function here has the name and the arguments of one of ours.py, and yields (ca
 is what a candidate with that mistake, and no other, returns or raises. check.py compares a
 candidate's wrong answer with each of them.
 
+Scores and training, which several functions share, are in wrong_scores.py and wrong_runs.py.
+
 What this file does not do: compute the right answer (ours.py), or judge (check.py).
 """
 
-import functools
 import math
 
 import torch
 
 import allocate
 import lora
-from tools.oracle import ours
+from tools.oracle import ours, wrong_runs
+from tools.oracle.wrong_runs import DELTA_MISTAKES, NO_MISTAKE, RUN_MISTAKES, STEP_MISTAKES
+from tools.oracle.wrong_scores import (
+    RULES,
+    by_rank,
+    call,
+    combined,
+    gradients,
+    score_mistakes,
+    scored,
+)
 
 
 def scales(lora_alpha, r):
@@ -28,11 +39,6 @@ def scales(lora_alpha, r):
         "scale applied twice": (lora_alpha / r) ** 2,
         "the low-rank branch is missing": 0.0,
     }
-
-
-def call(function, *args, **kwargs):
-    """functools.partial by a shorter name: the mistake is made only if somebody asks."""
-    return functools.partial(function, *args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------- one LoRA layer
@@ -84,7 +90,10 @@ def merge(weight, lora_A, lora_B, lora_alpha, transposed):
     yield "delta W alone, without W", lambda: s * right
     if transposed:
         yield "delta W is not transposed, but W is (in, out)", lambda: weight + s * delta
-        yield "the merged weight is (out, in), but W came as (in, out)", lambda: weight.T + s * delta
+        yield (
+            "the merged weight is (out, in), but W came as (in, out)",
+            lambda: weight.T + s * delta,
+        )
     elif len(lora_B) == lora_A.shape[1]:
         yield "A and B exchanged (delta W transposed)", lambda: weight + s * delta.T
 
@@ -172,124 +181,6 @@ def within_budget(scores, costs, budget):
     yield "the number of modules is the largest", call(exact, alike, costs, budget)
 
 
-# --------------------------------------------------------------------- scores, of any kind of model
-
-RULES = {  # pair A, B with gradients a, b -> score
-    "grad_norm": lambda A, a, B, b: a.norm() + b.norm(),
-    "snip": lambda A, a, B, b: (A * a).abs().sum() + (B * b).abs().sum(),
-}
-WRONG_RULES = {
-    "grad_norm": {
-        "the norm of both factors together": lambda A, a, B, b: (a.norm() ** 2 + b.norm() ** 2) ** 0.5,
-        "squared norms": lambda A, a, B, b: a.norm() ** 2 + b.norm() ** 2,
-        "lora_A alone": lambda A, a, B, b: a.norm(),
-        "lora_B alone": lambda A, a, B, b: b.norm(),
-        "L1 norms": lambda A, a, B, b: a.abs().sum() + b.abs().sum(),
-        "divided by the number of parameters": lambda A, a, B, b: (
-            (a.norm() + b.norm()) / (a.numel() + b.numel())
-        ),
-        "root mean square in place of the norm": lambda A, a, B, b: (
-            a.square().mean() ** 0.5 + b.square().mean() ** 0.5
-        ),
-        "this is snip": RULES["snip"],
-    },
-    "snip": {
-        "absolute value of the sum": lambda A, a, B, b: (A * a).sum().abs() + (B * b).sum().abs(),
-        "no absolute value": lambda A, a, B, b: (A * a).sum() + (B * b).sum(),
-        "squared: sum of (theta g)^2": lambda A, a, B, b: (
-            (A * a).square().sum() + (B * b).square().sum()
-        ),
-        "lora_A alone": lambda A, a, B, b: (A * a).abs().sum(),
-        "lora_B alone": lambda A, a, B, b: (B * b).abs().sum(),
-        "divided by the number of parameters": lambda A, a, B, b: (
-            ((A * a).abs().sum() + (B * b).abs().sum()) / (a.numel() + b.numel())
-        ),
-        "the gradient alone, without the weight": lambda A, a, B, b: a.abs().sum() + b.abs().sum(),
-        "this is grad_norm": RULES["grad_norm"],
-    },
-}
-DIVIDED = "divided by the sum over all modules"
-
-
-def by_rank(rule):
-    """A rule for a pair -> the same for each of its rank-one parts: row k of A, column k of B."""
-
-    def parts(A, a, B, b):
-        return torch.stack(
-            [rule(A[k], a[k], B[:, k], b[:, k]) for k in range(len(A))]  # (r,)
-        )
-
-    return parts
-
-
-def gradients(model, batch):
-    """{name: (dL/dA, dL/dB)} of one batch, all modules as they are."""
-    layers = lora.adapters(model)
-    pairs = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
-    found = torch.autograd.grad(model(**batch).loss, pairs)
-    return dict(zip(layers, zip(found[::2], found[1::2], strict=True), strict=True))
-
-
-def singles(batches):
-    """Every example a batch of its own."""
-    return [
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(batch["labels"]))
-    ]
-
-
-def combined(parts, shares):
-    """Sum of gradients, each times its share."""
-    return {
-        name: tuple(sum(s * part[name][i] for s, part in zip(shares, parts, strict=True)) for i in (0, 1))
-        for name in parts[0]
-    }
-
-
-def scored(rule, model, found):
-    """{name: score} from gradients; a number, or for ranks a list."""
-    pairs = {n: (layer.lora_A.detach(), layer.lora_B.detach()) for n, layer in lora.adapters(model).items()}
-    return {n: rule(pairs[n][0], a, pairs[n][1], b).tolist() for n, (a, b) in found.items()}
-
-
-def score_mistakes(proxy, model, batches, ranks=False):
-    """Wrong scores {name: score} by grad_norm or snip, of any model with adapters."""
-    as_is = by_rank if ranks else lambda rule: rule
-    rule = as_is(RULES[proxy])
-    sizes = [len(batch["labels"]) for batch in batches]
-    parts = [gradients(model, batch) for batch in batches]
-    n = len(batches)
-    wrong_means = {
-        "gradients summed over batches instead of the mean": [1.0] * n,
-        "mean of the batches' means, whatever their size": [1 / n] * n,
-        "gradients summed over examples instead of the mean": [float(size) for size in sizes],
-        "the last batch alone": [0.0] * (n - 1) + [1.0],
-        "the first batch alone": [1.0] + [0.0] * (n - 1),
-    }
-    for cause, shares in wrong_means.items():
-        yield cause, call(scored, rule, model, combined(parts, shares))
-
-    def averaged(pieces):
-        found = [scored(rule, model, gradients(model, piece)) for piece in pieces]
-        return {n: torch.tensor([f[n] for f in found]).double().mean(0).tolist() for n in found[0]}
-
-    yield "scored batch by batch, then averaged", call(averaged, batches)
-    yield "scored example by example, then averaged", lambda: averaged(singles(batches))
-    right = combined(parts, [size / sum(sizes) for size in sizes])
-    for cause, wrong in WRONG_RULES[proxy].items():
-        yield cause, call(scored, as_is(wrong), model, right)
-    values = scored(rule, model, right)
-    if ranks:
-        yield "ranks in reverse order", lambda: {name: v[::-1] for name, v in values.items()}
-        whole = scored(RULES[proxy], model, right)
-        every = {name: [whole[name]] * len(v) for name, v in values.items()}
-        yield "every rank has the module's score", lambda: every
-        return
-    total = sum(values.values()) or 1.0
-    yield DIVIDED, lambda: {name: v / total for name, v in values.items()}
-
-
 # ---------------------------------------------------------------------------------- a small network
 
 
@@ -353,85 +244,40 @@ def synflow(layers):
     bare = [{**layer, "weight": 0 * layer["weight"]} for layer in layers]
     yield "the frozen layers are missing", call(ours.synflow, bare)
     total = sum(flow()) or 1.0
-    yield DIVIDED, lambda: [v / total for v in flow()]
-    count = [layer["lora_A"].numel() + layer["lora_B"].numel() for layer in layers]
-    per = lambda: [v / c for v, c in zip(flow(), count, strict=True)]  # noqa: E731
-    yield "divided by the number of parameters", per
+    yield "divided by the sum over all layers", lambda: [v / total for v in flow()]
+    sizes = [layer["lora_A"].numel() + layer["lora_B"].numel() for layer in layers]
+    per = call(map, float.__truediv__, flow(), map(float, sizes))
+    yield "divided by the number of parameters", lambda: list(per())
 
 
-# ------------------------------------------------------------------------------- a step of training
+def short_run(layers, batches, settings):
+    def result(mistake, layers=layers):
+        model = ours.Network(layers)
+        losses, decisions = wrong_runs.run(mistake, model, batches, settings)
+        order = {name: i for i, name in enumerate(lora.adapters(model))}
+        pairs = list(lora.adapters(model).values())
+        return {
+            "losses": losses,
+            "on": [sorted(order[name] for name in chosen) for chosen in decisions],
+            "adapters": [ours.pair_of(layer) for layer in pairs],
+            "weights": [layer.base.weight.detach() for layer in pairs],
+        }
 
-NO_MISTAKE = ""
-ADAMW_MISTAKES = (
-    "L2 in place of decoupled weight decay",
-    "no weight decay",
-    "weight decay without the learning rate",
-    "weight decay after the step, of the new value",
-    "no bias correction",
-    "SGD in place of AdamW",
-)
-
-
-def adamw_(p, g, state, adamw, mistake, t):
-    """A step of AdamW (arXiv 1711.05101, Algorithm 2) or of a wrong kind; t counts from 1."""
-    (b1, b2), lr, decay = adamw["betas"], adamw["lr"], adamw["weight_decay"]
-    if mistake == "L2 in place of decoupled weight decay":
-        g, decay = g + decay * p, 0
-    elif mistake == "no weight decay":
-        decay = 0
-    elif mistake == "weight decay without the learning rate":
-        decay = decay / lr
-    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + (1 - b1) * g
-    v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", 0) + (1 - b2) * g * g
-    if mistake != "no bias correction":
-        m, v = m / (1 - b1**t), v / (1 - b2**t)
-    step = lr * (g if mistake == "SGD in place of AdamW" else m / (v.sqrt() + adamw["eps"]))
-    if mistake == "weight decay after the step, of the new value":
-        p.copy_((p - step) * (1 - lr * decay))
-    else:
-        p.copy_((1 - lr * decay) * p - step)
+    for cause in (*RUN_MISTAKES, *STEP_MISTAKES):
+        yield cause, call(result, cause)
+    for cause, wrong in rescaled_layers(layers):
+        yield cause, call(result, NO_MISTAKE, wrong)
 
 
-DELTA_MISTAKES = {  # cause: the change of W over lambda, from A, B, A', B' and s
-    "lambda without the scale": lambda a, b, new_a, new_b, s: new_b @ new_a - b @ a,
-    "second order: (B' - B)(A' - A)": lambda a, b, new_a, new_b, s: s * (new_b - b) @ (new_a - a),
-    "first order: (B' - B) A + B (A' - A)": lambda a, b, new_a, new_b, s: (
-        s * ((new_b - b) @ a + b @ (new_a - a))
-    ),
-    "the whole new product instead of the difference": lambda a, b, new_a, new_b, s: (
-        s * new_b @ new_a
-    ),
-    "old minus new": lambda a, b, new_a, new_b, s: s * (b @ a - new_b @ new_a),
-    "new plus old": lambda a, b, new_a, new_b, s: s * (b @ a + new_b @ new_a),
-    "B' A - B A: the old A with the new B": lambda a, b, new_a, new_b, s: s * (new_b - b) @ a,
-    "W does not move": lambda a, b, new_a, new_b, s: torch.zeros_like(b @ a),
-}
-WHEN_MISTAKES = {  # cause: shift of K
-    "W moves one step early (t >= K)": -1,
-    "W moves one step late (t counted from 1, or t > K + 1)": 1,
-    "W moves from the first step": -(10**9),
-}
-OLD_MISTAKES = ("the old pair is taken after the decay", "the first old product is 0")
-STEP_MISTAKES = (*ADAMW_MISTAKES, *DELTA_MISTAKES, *WHEN_MISTAKES, *OLD_MISTAKES)
-
-
-def move_(weight, old, new, s, ratio, mistake, first, decay):
-    """W <- W + lambda s (B' A' - B A) or a wrong kind; decay: 1 - lr wd; first: W never moved."""
-    (a, b), change = old, DELTA_MISTAKES.get(mistake)
-    if mistake == "the old pair is taken after the decay":
-        a, b = decay * a, decay * b
-    elif mistake == "the first old product is 0" and first:
-        b = 0 * b
-    if change is None:
-        weight.add_(ratio * s * (new[1] @ new[0] - b @ a))
-    else:
-        weight.add_(ratio * change(a, b, *new, s))
+# --------------------------------------------------------------------------------------- Delta-LoRA
 
 
 def delta_step(weight, old_A, old_B, new_A, new_B, lora_alpha, ratio):
-    def step(mistake, s=lora_alpha / len(old_A), ratio=ratio):
+    right = lora_alpha / len(old_A)
+
+    def step(mistake, s=right, ratio=ratio):
         w = weight.clone()
-        move_(w, (old_A, old_B), (new_A, new_B), s, ratio, mistake, first=False, decay=1)
+        wrong_runs.move_(w, (old_A, old_B), (new_A, new_B), s, ratio, mistake, first=False, decay=1)
         return w
 
     for cause, s in scales(lora_alpha, len(old_A)).items():
@@ -441,42 +287,18 @@ def delta_step(weight, old_A, old_B, new_A, new_B, lora_alpha, ratio):
         if cause != "lambda without the scale":  # in one step that is "no scale"
             yield cause, call(step, cause)
     yield "lambda is missing", call(step, NO_MISTAKE, ratio=1.0)
-    s = lora_alpha / len(old_A)
     if weight.shape[0] == weight.shape[1]:
-        change = ratio * s * (new_B @ new_A - old_B @ old_A)
+        change = ratio * right * (new_B @ new_A - old_B @ old_A)
         yield "A and B exchanged (delta W transposed)", lambda: weight + change.T
     yield "the change alone, without W", lambda: step(NO_MISTAKE) - weight
 
 
-@torch.no_grad()
-def delta_steps(mistake, weight, lora_A, lora_B, lora_alpha, x, y, ratio, start, steps, adamw):
-    """delta_lora with one mistake; gradients in closed form."""
-    s, w = lora_alpha / len(lora_A), weight.clone()
-    p = {"lora_A": lora_A.clone(), "lora_B": lora_B.clone()}
-    state, result, moved = {k: {} for k in p}, [], False
-    start += WHEN_MISTAKES.get(mistake, 0)
-    for t in range(steps):
-        error = x @ (w + s * p["lora_B"] @ p["lora_A"]).T - y
-        g = 2 / error.numel() * error.T @ x  # dL/dW, (out, in)
-        found = {"lora_A": s * p["lora_B"].T @ g, "lora_B": s * g @ p["lora_A"].T}
-        old = tuple(q.clone() for q in p.values())
-        for k in p:
-            adamw_(p[k], found[k], state[k], adamw, mistake, t + 1)
-        if t > start:
-            decay = 1 - adamw["lr"] * adamw["weight_decay"]
-            move_(w, old, tuple(p.values()), s, ratio, mistake, not moved, decay)
-            moved = True
-        moments = {f"{m}_{k}": state[k][m] for k in p for m in ("exp_avg", "exp_avg_sq")}
-        result.append({k: v.clone() for k, v in {"weight": w, **p, **moments}.items()})
-    return result
-
-
 def delta_lora(**arguments):
     for cause in STEP_MISTAKES:
-        yield cause, call(delta_steps, cause, **arguments)
+        yield cause, call(wrong_runs.delta_steps, cause, **arguments)
     alpha, r = arguments["lora_alpha"], len(arguments["lora_A"])
     for cause, s in scales(alpha, r).items():
-        yield cause, call(delta_steps, NO_MISTAKE, **{**arguments, "lora_alpha": s * r})
+        yield cause, call(wrong_runs.delta_steps, NO_MISTAKE, **{**arguments, "lora_alpha": s * r})
 
 
 def delta_adapter(lora_A, lora_B, lora_alpha, ratio, start):
@@ -506,171 +328,7 @@ def delta_adapter(lora_A, lora_B, lora_alpha, ratio, start):
     yield "one part for every step, where two products are enough", every_step
 
 
-# ----------------------------------------------------------------------------- a run of both methods
-
-RUN_MISTAKES = (
-    "decided once, before the first step alone",
-    "decided after the step, not before it",
-    "decided every step",
-    "scored on the first batch alone",
-    "scored on the batch of the step",
-    "scored on all batches",
-    "scored batch by batch, then averaged",
-    "scored by snip",
-    "modules that are off are not scored, or score 0",
-    "the worst are kept",
-    "everything is on",
-    "B of what is off is set to 0",
-    "moments of what is off are forgotten",
-    "a new optimizer at every decision",
-    "W of what is off goes back to W_0",
-    "modules that are off decay",
-    "modules that are off get steps, with gradient 0",
-    "modules that are off stay in the forward pass",
-    "modules that are off are trained",
-    "Adam's t counts the steps of the run, also for what was off",
-    "the gradients of scoring are left in .grad",
-)
-
-
-def run_score(mistake, model, batches, s, step):
-    """{name: score}, GRAD-NORM, before this step; with gradients, which a mistake leaves behind."""
-    layers = lora.adapters(model)
-    on = {name: layer.enabled for name, layer in layers.items()}
-    used = batches[: s["score_batches"]]
-    if mistake == "scored on the first batch alone":
-        used = batches[:1]
-    elif mistake == "scored on the batch of the step":
-        used = [batches[step]]
-    elif mistake == "scored on all batches":
-        used = batches
-    rule = RULES["snip" if mistake == "scored by snip" else "grad_norm"]
-    for layer in layers.values():
-        layer.enabled = True
-    sizes = [len(batch["labels"]) for batch in used]
-    parts = [gradients(model, batch) for batch in used]
-    found = combined(parts, [size / sum(sizes) for size in sizes])
-    scores = scored(rule, model, found)
-    if mistake == "scored batch by batch, then averaged":
-        each = [scored(rule, model, part) for part in parts]
-        scores = {name: sum(e[name] for e in each) / len(each) for name in layers}
-    for name, layer in layers.items():
-        layer.enabled = on[name]
-    if mistake == "modules that are off are not scored, or score 0":
-        scores = {name: value * on[name] for name, value in scores.items()}
-    return scores, found
-
-
-def run_decide(mistake, model, batches, s, step, state, original, together):
-    """Score, choose, switch; returns (names that are on, gradients of the scores)."""
-    layers = lora.adapters(model)
-    scores, found = run_score(mistake, model, batches, s, step)
-    if mistake == "the worst are kept":
-        scores = {name: -value for name, value in scores.items()}
-    keep = 1.0 if mistake == "everything is on" else s["keep"]
-    chosen = allocate.keep_top(scores, keep, together)
-    for name, layer in layers.items():
-        layer.enabled = name in chosen
-        if name in chosen:
-            continue
-        if mistake == "B of what is off is set to 0":
-            layer.lora_B.data.zero_()
-        elif mistake == "moments of what is off are forgotten":
-            state.pop(layer.lora_A, None)
-            state.pop(layer.lora_B, None)
-        elif mistake == "W of what is off goes back to W_0" and name in original:
-            layer.base.weight.data.copy_(original[name])
-    if mistake == "a new optimizer at every decision":
-        state.clear()
-    return chosen, found
-
-
-def run_step(mistake, model, batch, s, step, state, leftover):
-    """Forward, backward, and a step of AdamW for what takes part; returns the loss."""
-    layers = lora.adapters(model)
-    off = {n: layer for n, layer in layers.items() if not layer.enabled}
-    here = mistake in (
-        "modules that are off stay in the forward pass",
-        "modules that are off are trained",
-    )
-    for layer in off.values():
-        layer.enabled = here
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    loss = model(**batch).loss
-    found = dict(zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
-    for layer in off.values():
-        layer.enabled = False
-        for p in (layer.lora_A, layer.lora_B):
-            if mistake == "modules that are off get steps, with gradient 0":
-                found[p] = torch.zeros_like(p)
-            elif mistake == "modules that are off decay":
-                p.data.mul_(1 - s["adamw"]["lr"] * s["adamw"]["weight_decay"])
-            if mistake != "modules that are off are trained" and here:
-                found[p] = None
-    for name, layer in layers.items() if leftover else ():
-        for p, g in zip((layer.lora_A, layer.lora_B), leftover[name], strict=True):
-            found[p] = g if found[p] is None else found[p] + g
-    for p, g in found.items():
-        if g is not None:
-            own = state.setdefault(p, {})
-            own["t"] = own.get("t", 0) + 1
-            t = step + 1 if mistake.startswith("Adam's t") else own["t"]
-            adamw_(p.data, g, own, s["adamw"], mistake, t)
-    return loss.item()
-
-
-def wrong_run(mistake, model, batches, s, together=True):
-    """The loop of ours.run with one mistake, AdamW and the change of W written out."""
-    layers = lora.adapters(model)
-    linear = {n: a for n, a in layers.items() if isinstance(a.base, torch.nn.Linear)}
-    original = {name: layer.base.weight.detach().clone() for name, layer in linear.items()}
-    start = s["delta_start"] + WHEN_MISTAKES.get(mistake, 0)
-    every = 1 if mistake == "decided every step" else s["every"]
-    losses, decisions, state, moved = [], [], {}, set()
-    for step, batch in enumerate(batches):
-        late = mistake == "decided after the step, not before it"
-        due = step % every == 0 and (step == 0 or mistake != "decided once, before the first step alone")
-        leftover = None
-        for when in ("before", "after"):
-            if due and (when == "after") == late:
-                arguments = (mistake, model, batches, s, step, state, original, together)
-                chosen, found = run_decide(*arguments)
-                decisions.append(chosen)
-                leftover = found if mistake == "the gradients of scoring are left in .grad" else None
-            if when == "after":
-                continue
-            old = {n: (a.lora_A.detach().clone(), a.lora_B.detach().clone()) for n, a in linear.items()}
-            was_on = [name for name, layer in linear.items() if layer.enabled]
-            losses.append(run_step(mistake, model, batch, s, step, state, leftover))
-            for name in was_on if step > start else ():
-                layer, decay = linear[name], 1 - s["adamw"]["lr"] * s["adamw"]["weight_decay"]
-                new = layer.lora_A.detach(), layer.lora_B.detach()
-                weight, first = layer.base.weight.data, name not in moved
-                move_(weight, old[name], new, layer.scaling, s["delta_ratio"], mistake, first, decay)
-                moved.add(name)
-    return losses, decisions
-
-
-def short_run(layers, batches, settings):
-    def result(mistake, layers=layers):
-        model = ours.Network(layers)
-        losses, decisions = wrong_run(mistake, model, batches, settings)
-        order = {name: i for i, name in enumerate(lora.adapters(model))}
-        pairs = list(lora.adapters(model).values())
-        return {
-            "losses": losses,
-            "on": [sorted(order[name] for name in chosen) for chosen in decisions],
-            "adapters": [ours.pair_of(layer) for layer in pairs],
-            "weights": [layer.base.weight.detach() for layer in pairs],
-        }
-
-    for cause in (*RUN_MISTAKES, *STEP_MISTAKES):
-        yield cause, call(result, cause)
-    for cause, wrong in rescaled_layers(layers):
-        yield cause, call(result, NO_MISTAKE, wrong)
-
-
-# ------------------------------------------------------------------------------------- a transformer
+# ------------------------------------------------------------------------------------ a transformer
 
 
 def rescaled(adapters):
@@ -797,7 +455,7 @@ def train(config, weights, adapters, batches, settings):
         model, paths = ours.build(*given[:3])
         for name in () if head else model.head:
             model.get_submodule(name).requires_grad_(False)
-        losses, decisions = wrong_run(mistake, model, given[3], settings, together)
+        losses, decisions = wrong_runs.run(mistake, model, given[3], settings, together)
         layers = {paths[name]: layer for name, layer in lora.adapters(model).items()}
         return {
             "losses": losses,

@@ -4,9 +4,9 @@ An error is the largest difference over the largest absolute value, tensor by te
 numbers is a tensor); the largest of a case is printed. Where several answers are right, what they
 have in common is compared: a set of names by its rules, a pair of factors by its product.
 
-THE CAUSE. Each known mistake (causes.py) that gives the same wrong answer could be it. Of those, the
-ones are named that fit the function's other cases too: right where the candidate is right, and
-wrong in the same way where it is wrong.
+THE CAUSE. Each known mistake (causes.py) that gives the same wrong answer could be it. Of those,
+the ones are named that fit the function's other cases too: right where the candidate is right,
+and wrong in the same way where it is wrong.
 
 What this file does not do: choose inputs (cases.py), read or write them (golden.py), print.
 """
@@ -29,7 +29,7 @@ NOT_OFFERED = "not offered"
 
 @dataclasses.dataclass
 class Row:
-    """One case in one precision. outcome: what the candidate returned, or the exception it raised."""
+    """One case in one precision; outcome is what the candidate returned, or the exception."""
 
     content: dict
     tensors: dict
@@ -61,7 +61,7 @@ class Row:
         wrong = self.mistakes()[cause]
         if callable(wrong):  # made once, then kept
             wrong = self.known[cause] = attempt(wrong)
-        return alike(self.function, self.arguments(), self.outcome, wrong, self.tolerance)
+        return alike(self, wrong)
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -165,19 +165,30 @@ def result_error(function, arguments, got, expected):
     return error_of(got, expected)
 
 
-def alike(function, arguments, got, wrong, tolerance):
-    """Whether two outcomes, results or exceptions, show the same mistake."""
+def alike(row, wrong):
+    """Whether the candidate's outcome and a wrong one, results or exceptions, are the same."""
+    got = row.outcome
     if isinstance(got, Exception) or isinstance(wrong, Exception):
         return of_shapes(got) and of_shapes(wrong)
-    if function in golden.CHOICES:  # names of equal score are exchangeable
-        scores, costs = arguments["scores"], arguments.get("costs", {})
-        both = [sorted((scores[n], costs.get(n, 0)) for n in x if n in scores) for x in (got, wrong)]
-        return both[0] == both[1]
-    if function == "delta_adapter":
-        (a, ranks_a), (b, ranks_b) = product(got), product(wrong)
-        large = 2 * arguments["lora_A"].shape[1]
-        return (ranks_a > large) == (ranks_b > large) and error_of(a, b)[0] <= tolerance
-    return error_of(got, wrong, enough=tolerance)[0] <= tolerance
+    if row.function in golden.CHOICES:  # names of equal score and cost are exchangeable
+        scores, costs = (
+            row.content["arguments"]["scores"],
+            row.content["arguments"].get("costs", {}),
+        )
+        worth = [
+            sorted((scores[n], costs.get(n)) for n in names if n in scores)
+            for names in (got, wrong)
+        ]
+        return worth[0] == worth[1] and len(got) == len(wrong)
+    if row.function == "delta_adapter":
+        try:
+            (matrix, ranks), (other, other_ranks) = product(got), product(wrong)
+        except ValueError:
+            return False
+        large = row.content["expected"]["largest rank"]
+        same = error_of(matrix, other)[0] <= row.tolerance
+        return same and (ranks > large) == (other_ranks > large)
+    return error_of(got, wrong, enough=row.tolerance)[0] <= row.tolerance
 
 
 def of_shapes(outcome):

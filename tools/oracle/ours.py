@@ -28,10 +28,10 @@ biases:
 `batches` is a list of dicts with x (n, in) and labels (n,); n differs from batch to batch. Scores
 come from L, the mean over all examples of all batches. Results are lists in the order of layers.
 
-A TRANSFORMER. logits, scores, rank_scores and train: BERT or OPT for sequence classification. config is
-the content of config.json as transformers writes it, weights are all tensors under their Hugging
-Face names ("bert.encoder.layer.0.output.dense.weight"), and adapters holds the pairs by the path of
-the layer: adapters["bert.encoder.layer.0.attention.self.query"] = {"lora_A", "lora_B",
+A TRANSFORMER. logits, scores, rank_scores and train: BERT or OPT for sequence classification.
+config is the content of config.json as transformers writes it, weights are all tensors under their
+Hugging Face names ("bert.encoder.layer.0.output.dense.weight"), and adapters holds the pairs by the
+path of the layer: adapters["bert.encoder.layer.0.attention.self.query"] = {"lora_A", "lora_B",
 "lora_alpha"}. Dropout is 0. HeteroLoRA's shortcuts are pairs too, at the path of their block
 ("bert.encoder.layer.0.residual_1"); with P(x) = scaling B A x and x the input of the block,
 
@@ -153,7 +153,7 @@ def within_budget(scores, costs, budget):
 
 
 class Network(nn.Module):
-    """The small network as what proxies.py and delta_lora.py take: each layer is its block's q_proj.
+    """The small network as a model that proxies.py and delta_lora.py take, a layer a block.
 
     h = W h + scaling B A h, ReLU between layers; logits are the last h.
     """
@@ -213,13 +213,14 @@ def short_run(layers, batches, settings):
     """A run of dynamic HeteroLoRA with Delta-LoRA: step t = 0, 1, … takes batches[t].
 
     Before step 0, every, 2 every, … all layers, on or off, are scored by GRAD-NORM on the first
-    score_batches batches, with all pairs in the forward pass. The best floor(keep n) of n layers are
-    on until the next decision. A pair that is off takes no part in the forward pass, gets no step,
-    no decay and no new moments, and keeps A, B and its moments, Adam's step count too, for when it
-    returns.
+    score_batches batches, with all pairs in the forward pass. The best floor(keep n) of n layers
+    are on until the next decision. A pair that is off takes no part in the forward pass, gets no
+    step, no decay and no new moments, and keeps A, B and its moments, Adam's step count too, for
+    when it returns.
 
-    Then AdamW as in torch, for A and B of what is on, and W <- W + delta_ratio scaling (B' A' - B A)
-    for what is on, in every step t > delta_start; A, B before and A', B' after the step of AdamW.
+    Then AdamW as in torch for A and B of what is on; and in every step t > delta_start
+    W <- W + delta_ratio scaling (B' A' - B A) for what is on, with A, B before and A', B' after the
+    step of AdamW.
 
     Args:
         settings: dict with every, score_batches, keep, delta_ratio, delta_start, adamw (lr,
@@ -280,7 +281,7 @@ def delta_layer(weight, lora_A, lora_B, lora_alpha, ratio, start):
 
 @torch.no_grad()
 def delta_step(weight, old_A, old_B, new_A, new_B, lora_alpha, ratio):
-    """The new weight: W + ratio scaling (B' A' - B A), A, B before and A', B' after AdamW's step."""
+    """The new weight, W + ratio scaling (B' A' - B A): A, B are old, A', B' new."""
     layer, delta = delta_layer(weight, old_A, old_B, lora_alpha, ratio, -1)
     delta.before_step()
     layer.lora_A.copy_(new_A)
@@ -290,10 +291,10 @@ def delta_step(weight, old_A, old_B, new_A, new_B, lora_alpha, ratio):
 
 
 def delta_lora(weight, lora_A, lora_B, lora_alpha, x, y, ratio, start, steps, adamw):
-    """Delta-LoRA on L = mean of (W x + scaling B A x - y)^2 over all entries, x (n, in), y (n, out).
+    """Delta-LoRA on L = the mean over all entries of (W x + scaling B A x - y)^2.
 
     Step t = 0, 1, … steps - 1: gradients of A and B, a step of torch.optim.AdamW(**adamw) for both,
-    then W as in delta_step if t > start.
+    then W as in delta_step if t > start. x is (n, in), y (n, out).
 
     Returns:
         [for each step a dict: weight, lora_A, lora_B as they are after it, and AdamW's moments
@@ -340,13 +341,13 @@ def delta_adapter(lora_A, lora_B, lora_alpha, ratio, start):
     return {"lora_A": a, "lora_B": b}
 
 
-# ------------------------------------------------------------------------------------- a transformer
+# ------------------------------------------------------------------------------------ a transformer
 
 
 def build(config, weights, adapters):
     """Our model from Hugging Face names: (model, {our name: full path})."""
     c = Config.from_hf(config, num_labels=config["num_labels"])
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced below
         model = Transformer(c)
     state, _ = hf_folder.convert(weights, c, model.state_dict(), model.head)
     model.load_state_dict(state, assign=True)
@@ -393,10 +394,10 @@ def rank_scores(proxy, config, weights, adapters, batches):
 
 
 def train(config, weights, adapters, batches, settings):
-    """short_run on a transformer; AdamW also trains the head, all of it (BERT: pooler, classifier).
+    """short_run on a transformer.
 
-    The choice is keep_top(scores, keep, together=True). W of a shortcut (the identity, or zero) does
-    not move.
+    AdamW also trains the head (BERT: pooler and classifier, OPT: score). The choice is
+    keep_top(scores, keep, together=True). W of a shortcut, the identity or zero, does not move.
 
     Returns:
         {"losses": [...], "on": [sorted paths, one list a decision], "adapters": {path: {"lora_A",
