@@ -63,14 +63,14 @@ SHORTCUTS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
 STACK = {"bert": "bert.encoder.layer", "opt": "model.decoder.layers"}
 ADAMW = {"lr": 0.05, "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
 SETTINGS = {  # of the two runs
-    "every": 3,
+    "every": 2,
     "score_batches": 2,
     "keep": 0.4,
     "delta_ratio": 0.5,
     "delta_start": 1,
     "adamw": {**ADAMW, "lr": 0.1},
 }
-RUN_SEED, SHORT_RUN_SEED = 62, 101  # in both runs something goes off and returns
+RUN_SEED, SHORT_RUN_SEED = 51, 133  # in both runs something goes off and returns
 
 
 @dataclasses.dataclass
@@ -404,10 +404,10 @@ def training_cases():
             "train",
             {
                 **arguments,
-                "batches": [batch_of("bert", rng, (7, 3, 5)[: 3 - i % 2]) for i in range(12)],
+                "batches": [batch_of("bert", rng, (7, 3, 5)[: 3 - i % 2]) for i in range(8)],
                 "settings": SETTINGS,
             },
-            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, together, all modules "
+            "8 steps, decisions before steps 0, 2, 4, 6 by GRAD-NORM, together, all modules "
             "scored; some go off and return; Delta-LoRA on what is on and linear",
             "arXiv 2406.14956, dynamic; arXiv 2309.02411",
             loose,
@@ -456,13 +456,13 @@ def network_cases():
             cases.append(Case(f"{function}-{point}", function, arguments, about, reference))
     rng = torch.Generator().manual_seed(SHORT_RUN_SEED)
     layers = network(rng)
-    batches = [examples(rng, n) for n in (4, 7, 2, 5, 3, 6, 4, 8, 3, 5, 4, 6)]
+    batches = [examples(rng, n) for n in (4, 7, 2, 5, 3, 6, 4, 8)]
     cases.append(
         Case(
             "short_run",
             "short_run",
             {"layers": layers, "batches": batches, "settings": {**SETTINGS, "keep": 0.5}},
-            "12 steps, decisions before steps 0, 3, 6, 9 by GRAD-NORM, all layers scored; some go "
+            "8 steps, decisions before steps 0, 2, 4, 6 by GRAD-NORM, all layers scored; some go "
             "off and return; Delta-LoRA on what is on",
             "arXiv 2406.14956, dynamic; arXiv 2309.02411",
             {"float64": 1e-8, "float32": 1e-3},

@@ -16,15 +16,18 @@ import importlib.util
 import inspect
 import math
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
 import torch
 
 from tools.oracle import causes, golden, ours
+from tools.oracle.cases import PROXY_TEXTS
 
 ROUNDING = 1e-5  # an error that float32 alone can make
 NOT_OFFERED = "not offered"
+KINDS_OF_SETS = (set, frozenset, list, tuple, dict)  # of names, whatever the order
 
 
 @dataclasses.dataclass
@@ -122,7 +125,7 @@ def error_of(got, expected, where="", enough=math.inf):
 def choice_error(function, arguments, got, expected):
     """(0 or inf, reason) for a set of names."""
     scores = arguments["scores"]
-    if not isinstance(got, (set, frozenset, list, tuple, dict)):
+    if not isinstance(got, KINDS_OF_SETS):
         return math.inf, f"result: {type(got).__name__}, not a set of names"
     got = set(got)
     if "error" in expected:
@@ -171,6 +174,8 @@ def alike(row, wrong):
     if isinstance(got, Exception) or isinstance(wrong, Exception):
         return of_shapes(got) and of_shapes(wrong)
     if row.function in golden.CHOICES:  # names of equal score and cost are exchangeable
+        if not isinstance(got, KINDS_OF_SETS):
+            return False
         scores, costs = (
             row.content["arguments"]["scores"],
             row.content["arguments"].get("costs", {}),
@@ -342,4 +347,8 @@ def interface():
     for name, function in interface_functions().items():
         text = inspect.getdoc(function).replace("\n", "\n    ")
         parts.append(f"{name}{inspect.signature(function)}\n    {text}")
-    return "\n\n".join(parts).replace("\n    \n", "\n\n")
+    formulas = "The proxies of scores; o is entry by entry, H the Hessian, theta all of A and B:"
+    for name, formula in PROXY_TEXTS.items():
+        text = textwrap.fill(formula, 76, initial_indent=" " * 24, subsequent_indent=" " * 24)
+        formulas += f"\n    {name:<20}{text[24:]}"
+    return "\n\n".join([*parts, formulas]).replace("\n    \n", "\n\n")

@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from support import hf_folder, run_folder
+from support import hf_folder
 from tools.oracle import causes, ours
 from tools.oracle.cases import all_cases
 
@@ -92,11 +92,11 @@ def export(folder):
                 "arguments": flatten(case.arguments, "arguments", tensors),
                 "expected": flatten(expectation(case), "expected", tensors),
             }
-            text = json.dumps(content, indent=1) + "\n"
-            run_folder.write_atomic(folder / f"{case.name}.json", text.encode())
+            path = folder / f"{case.name}.json"
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
             if tensors:
                 stored = safetensors.torch.save({k: tensors[k] for k in sorted(tensors)})
-                run_folder.write_atomic(folder / f"{case.name}.safetensors", stored)
+                path.with_suffix(".safetensors").write_bytes(stored)
     finally:
         torch.set_num_threads(threads)
     return len(cases)
