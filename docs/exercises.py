@@ -1,4 +1,4 @@
-"""The twelve exercises of docs/exercises.md: copy this file, and write one function after the other.
+"""The twelve exercises of docs/exercises.md: copy this file, and write its functions in order.
 
     python -m tools.oracle check --only lora_forward --candidate exercises.py
 

@@ -57,7 +57,8 @@ def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
     if len(lora_B) == lora_A.shape[1]:
         exchanged = "A and B exchanged (delta W transposed)"
         yield exchanged, call(y, w, s, delta=(lora_B @ lora_A).T)
-    yield "the weight taken for its transpose", call(y, w.T, s)
+    stored = "W is (in, out), and is not transposed" if transposed else "W is transposed"
+    yield stored, call(y, w.T, s)
 
 
 def lora_backward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed, grad):
@@ -78,7 +79,8 @@ def lora_backward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed, grad)
     yield "gradients divided by the number of rows", call(gradients, w, s, n=len(x))
     yield "dL/dx without the low-rank branch", lambda: {**gradients(w, s), "x": grad @ w}
     yield "dL/dx without the frozen layer", call(gradients, 0 * w, s)
-    yield "the weight taken for its transpose", call(gradients, w.T, s)
+    stored = "W is (in, out), and is not transposed" if transposed else "W is transposed"
+    yield stored, call(gradients, w.T, s)
 
 
 def merge(weight, lora_A, lora_B, lora_alpha, transposed):
@@ -194,19 +196,41 @@ def rescaled_layers(layers):
         yield cause, wrong
 
 
+class NoReLU(ours.Network):
+    def encode(self, x, mask=None):
+        for block in self.layers:
+            x = block.q_proj(x)
+        return x
+
+
+class LastReLU(ours.Network):
+    def encode(self, x, mask=None):
+        return super().encode(x).relu()
+
+
+WRONG_NETWORKS = {
+    "no ReLU between the layers": NoReLU,
+    "ReLU after the last layer too": LastReLU,
+}
+
+
 def network_scores(name, proxy, layers, batches, ranks=False):
     for cause, wrong in rescaled_layers(layers):
         yield cause, call(getattr(ours, name), wrong, batches)
     for cause, wrong in score_mistakes(proxy, ours.Network(layers), batches, ranks):
         yield cause, lambda wrong=wrong: list(wrong().values())
-    model = ours.Network(layers)
-    for block in model.layers:
-        block.q_proj.base.weight.data.zero_()
-    pieces = [gradients(model, batch) for batch in batches]
-    sizes = [len(batch["labels"]) for batch in batches]
-    right = combined(pieces, [size / sum(sizes) for size in sizes])
     rule = by_rank(RULES[proxy]) if ranks else RULES[proxy]
-    yield "the frozen layers are missing", lambda: list(scored(rule, model, right).values())
+    sizes = [len(batch["labels"]) for batch in batches]
+
+    def of(model):
+        parts = [gradients(model, batch) for batch in batches]
+        right = combined(parts, [size / sum(sizes) for size in sizes])
+        return list(scored(rule, model, right).values())
+
+    for cause, kind in WRONG_NETWORKS.items():
+        yield cause, lambda kind=kind: of(kind(layers))
+    bare = [{**layer, "weight": 0 * layer["weight"]} for layer in layers]
+    yield "the frozen layers are missing", lambda: of(ours.Network(bare))
 
 
 def grad_norm(layers, batches):
@@ -251,8 +275,8 @@ def synflow(layers):
 
 
 def short_run(layers, batches, settings):
-    def result(mistake, layers=layers):
-        model = ours.Network(layers)
+    def result(mistake, layers=layers, kind=ours.Network):
+        model = kind(layers)
         losses, decisions = wrong_runs.run(mistake, model, batches, settings)
         order = {name: i for i, name in enumerate(lora.adapters(model))}
         pairs = list(lora.adapters(model).values())
@@ -267,6 +291,8 @@ def short_run(layers, batches, settings):
         yield cause, call(result, cause)
     for cause, wrong in rescaled_layers(layers):
         yield cause, call(result, NO_MISTAKE, wrong)
+    for cause, kind in WRONG_NETWORKS.items():
+        yield cause, call(result, NO_MISTAKE, kind=kind)
 
 
 # --------------------------------------------------------------------------------------- Delta-LoRA

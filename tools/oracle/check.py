@@ -70,6 +70,13 @@ class Row:
 # ---------------------------------------------------------------------------------------- comparing
 
 
+def plain(value):
+    """Tensors that carry a gradient, also in a list, without it."""
+    if torch.is_tensor(value):
+        return value.detach()
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def numbers(value):
     return isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
 
@@ -88,7 +95,7 @@ def error_of(got, expected, where="", enough=math.inf):
     if torch.is_tensor(expected) or isinstance(expected, (int, float)):
         expected = torch.as_tensor(expected, dtype=torch.float64)
         try:
-            got = torch.as_tensor(got, dtype=torch.float64).detach()
+            got = torch.as_tensor(plain(got), dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             return math.inf, f"{where or 'result'}: {type(got).__name__}, no number or tensor"
         if got.shape != expected.shape:
@@ -246,12 +253,17 @@ def told(error, candidate):
 
 
 def likely_causes(row, rows):
-    """The known mistakes that this row shows, those alone that fit most of the function's rows."""
+    """The known mistakes that this row shows, those alone that fit most of the function's rows.
+
+    That shapes do not fit says little: there, a mistake has to fit all rows.
+    """
     found = [cause for cause in list(row.mistakes()) if row.shows(cause)]
-    if len(found) > 1:
+    raised = isinstance(row.outcome, Exception)
+    if len(found) > 1 or raised:
         others = [r for r in rows if r is not row]
         against = {c: sum(other.shows(c) is False for other in others) for c in found}
-        found = [cause for cause in found if against[cause] == min(against.values())]
+        least = 0 if raised else min(against.values())
+        found = [cause for cause in found if against[cause] == least]
     return found
 
 
@@ -307,8 +319,9 @@ def table(rows):
     """The lines to print: one a row, and the sum."""
     lines = [f"{'case':<38} {'dtype':<8} {'error':>8} {'allowed':>8}  verdict"]
     for row in rows:
-        numbers = f"{row.error:>8.1e} {row.tolerance:>8.0e}"
-        line = f"{row.content['name']:<38} {row.dtype:<8} {numbers}  {row.verdict}  {row.reason}"
+        error = "-" if math.isnan(row.error) else f"{row.error:.1e}"
+        line = f"{row.content['name']:<38} {row.dtype:<8} {error:>8} {row.tolerance:>8.0e}"
+        line += f"  {row.verdict}  {row.reason}"
         lines.append(line.rstrip())
     count = {v: sum(row.verdict == v for row in rows) for v in ("pass", "FAIL", "-")}
     lines.append(f"{count['pass']} pass, {count['FAIL']} fail, {count['-']} not offered")

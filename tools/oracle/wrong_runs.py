@@ -125,6 +125,7 @@ RUN_MISTAKES = (
     "W of what is off goes back to W_0",
     "modules that are off decay",
     "modules that are off get steps, with gradient 0",
+    "modules that were on get steps with gradient 0 (zero_grad leaves 0, not None)",
     "modules that are off stay in the forward pass",
     "modules that are off are trained",
     "Adam's t counts the steps of the run, also for what was off",
@@ -189,6 +190,8 @@ def run_step(mistake, model, batch, s, step, state, leftover):
     layers = lora.adapters(model)
     off = [layer for layer in layers.values() if not layer.enabled]
     trained = mistake == "modules that are off are trained"
+    zeros = mistake == "modules that are off get steps, with gradient 0"
+    left = mistake.startswith("modules that were on get steps")
     for layer in off:
         layer.enabled = trained or mistake == "modules that are off stay in the forward pass"
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -198,10 +201,8 @@ def run_step(mistake, model, batch, s, step, state, leftover):
     for layer in off:
         layer.enabled = False
         for p in (layer.lora_A, layer.lora_B):
-            if mistake == "modules that are off get steps, with gradient 0":
-                found[p] = torch.zeros_like(p)
-            elif not trained:
-                found[p] = None
+            if not trained:
+                found[p] = torch.zeros_like(p) if zeros or (left and p in state) else None
             if mistake == "modules that are off decay":
                 p.data.mul_(1 - s["adamw"]["lr"] * s["adamw"]["weight_decay"])
     for name, layer in layers.items() if leftover else ():
