@@ -59,6 +59,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import Config, Output, Transformer
+from proxies import score_ranks
 from support import hf_folder
 from tools.peft.writing import full_path
 
@@ -164,7 +165,8 @@ class Network(nn.Module):
         super().__init__()
         inner = layers[0]["weight"].shape[1]
         self.config = types.SimpleNamespace(head="classification", hidden_size=inner)
-        self.position_embeddings = nn.Embedding(1, inner, dtype=layers[0]["weight"].dtype)  # sizes
+        table = nn.Embedding(1, inner, dtype=layers[0]["weight"].dtype)
+        self.word_embeddings = self.position_embeddings = table  # SYNFLOW takes its ones from here
         self.layers = nn.ModuleList(nn.Module() for _ in layers)
         for block, layer in zip(self.layers, layers, strict=True):
             for place in PLACES:
@@ -197,7 +199,7 @@ def snip_ranks(layers, batches):
 
     Part k is row k of A with column k of B.
     """
-    return list(proxies.score_ranks("snip", Network(layers), batches).values())
+    return list(score_ranks("snip", Network(layers), batches).values())
 
 
 def synflow(layers):
@@ -389,7 +391,7 @@ def scores(proxy, config, weights, adapters, batches):
 def rank_scores(proxy, config, weights, adapters, batches):
     """{path: [score of row k of A with column k of B, for k = 0 … r - 1]}: "grad_norm", "snip"."""
     model, paths = build(config, weights, adapters)
-    found = proxies.score_ranks(proxy, model, batches)
+    found = score_ranks(proxy, model, batches)
     return {paths[name]: values for name, values in found.items()}
 
 
