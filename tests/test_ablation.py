@@ -7,7 +7,6 @@ import json
 import random
 import types
 
-import ablation
 import numpy as np
 import pytest
 import safetensors.torch
