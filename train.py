@@ -497,7 +497,7 @@ def carry_out(run):
             return 0
         with terminal.stop_on_signal(run):
             train(run)
-        run.stop = distributed.sum_numbers([run.asked_to_stop])[0] > 0
+        run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
         if not run.stop:
             evaluate_test(run)
         if not run.stop and distributed.rank() == 0:

@@ -101,8 +101,10 @@ def child(argv, fault, phase, moment, folder):
         begin(run)
 
     train.train = watched
-    code = train.main(argv)
-    sys.setprofile(None)
+    try:
+        code = train.main(argv)
+    finally:
+        sys.setprofile(None)
     if not fault:
         print(json.dumps(counts))
     return code
