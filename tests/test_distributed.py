@@ -122,9 +122,9 @@ def test_each_process_draws_its_own_dropout(argv, tmp_path):
 
 
 def all_scores(batches):
-    """Of every proxy and of single ranks, at a generic point of a model with every kind of module."""
+    """Of every proxy and of single ranks, at a generic point, with every kind of module."""
     model = tiny.adapted("bert", shortcuts=lora.SHORTCUTS["all"])
-    tiny.randomise([a.lora_B for a in lora.adapters(model).values()], std=1.5)
+    tiny.randomise([a.lora_B for a in lora.adapters(model).values()], std=0.8)
     # what the model says, so that turning a branch down costs accuracy
     batches = [{**b, "labels": model(**b).logits.argmax(-1)} for b in batches]
     scores = {name: proxies.score(name, model, batches) for name in proxies.PROXIES}
@@ -143,7 +143,10 @@ def test_every_proxy_scores_the_same_on_two_processes(tmp_path, count):
     first, second = in_processes(lambda: all_scores(batches), 2, tmp_path)
     assert first == second  # to the bit
     torch.testing.assert_close(first, one, rtol=1e-10, atol=1e-10)
-    assert len(set(one["alpha_test"].values())) > 1 and min(one["fisher"].values()) > 0
+    del one["constant"]
+    trivial = () if count > 1 else ("alpha_test", "alpha_test_released")  # too few to lose any
+    for name in one.keys() - trivial:
+        assert len(set(map(str, one[name].values()))) > 1, name
 
 
 def test_each_batch_is_scored_by_one_process(tmp_path):
@@ -175,7 +178,7 @@ def test_random_choices_are_the_same_on_two_processes(argv, tmp_path, proxy):
     assert len(set(map(tuple, one))) > 1
 
 
-# ---------------------------------------------------------------------------------- failing together
+# --------------------------------------------------------------------------------- failing together
 
 
 def test_what_one_process_cannot_do_none_does(tmp_path):
@@ -229,7 +232,7 @@ def test_a_process_that_ends_is_noticed_by_the_others(tmp_path):
     assert in_processes(survive, 2, tmp_path) == ["another process has ended", "gone"]
 
 
-# ----------------------------------------------------------------------- another number of processes
+# ---------------------------------------------------------------------- another number of processes
 
 
 @pytest.fixture
