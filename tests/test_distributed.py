@@ -232,6 +232,48 @@ def test_a_process_that_ends_is_noticed_by_the_others(tmp_path):
     assert in_processes(survive, 2, tmp_path) == ["another process has ended", "gone"]
 
 
+@pytest.mark.parametrize("moment", ["after the sum", "last checkpoint"])
+def test_one_process_is_asked_to_stop_and_all_do(argv, tmp_path, monkeypatch, moment):
+    """In the second one, where the first has no more word of it: both stop a step later, or say so.
+
+    Before the sum: test_a_run_goes_on_with_another_number_of_processes.
+    """
+    begin, save, out = train.train_step, train.save, tmp_path / "run"
+
+    def asked(run):
+        if run.step == 10 and distributed.rank() == 1:
+            run.asked_to_stop = True
+        save(run)
+
+    def stepped(run, group, lr):
+        run.optimizer.step = lambda: setattr(run, "asked_to_stop", distributed.rank() == 1)
+        return begin(run, group, lr)
+
+    if moment == "last checkpoint":
+        monkeypatch.setattr(train, "save", asked)
+    else:
+        monkeypatch.setattr(train, "train_step", stepped)
+    words = [*argv, "--epochs", "2", "--out", str(out)]
+    assert in_processes(lambda: train.main(words), 2, tmp_path) == [130, 0]
+    stopped = checkpoint.read_last(out)[0]["position"]["step"]
+    assert stopped == (10 if moment == "last checkpoint" else 2)
+    assert not (out / "adapter.safetensors").exists()
+
+
+def test_processes_without_torchrun_stop_together(argv, tmp_path, monkeypatch):
+    """The parent of one of them is another process than it was: its torchrun was killed."""
+    run = train.set_up(flags.parse_flags(argv))
+
+    def stops():
+        before = (distributed.orphaned(), run.stop)
+        if distributed.rank() == 1:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        train.train_step(run, [[0, 1, 2]], 0.1)
+        return *before, run.stop
+
+    assert in_processes(stops, 2, tmp_path) == [(False, False, True)] * 2
+
+
 # ---------------------------------------------------------------------- another number of processes
 
 
@@ -288,7 +330,7 @@ def test_a_run_goes_on_with_another_number_of_processes(argv, tmp_path, method, 
 
 
 def test_a_process_that_was_not_there_draws_dropout_of_its_own(argv, tmp_path):
-    """The first goes on where it stood; the second begins anew, not as a run does that starts."""
+    """The first goes on where it stood; the others begin anew, not as a run does that starts."""
     run = train.set_up(flags.parse_flags([*argv, "--dropout", "0.1"]))
     torch.rand(7)
     state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
@@ -302,11 +344,11 @@ def test_a_process_that_was_not_there_draws_dropout_of_its_own(argv, tmp_path):
         checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device, 0)
         return fresh, torch.rand(3)
 
-    (fresh_0, first), (fresh_1, second) = in_processes(draws, 2, tmp_path)
-    assert torch.equal(first, expected)
-    for other in (first, fresh_0, fresh_1):
-        assert not torch.equal(second, other)
-    assert torch.equal(second, in_processes(draws, 2, tmp_path)[1][1])
+    drawn = in_processes(draws, 3, tmp_path)
+    assert torch.equal(drawn[0][1], expected)
+    assert len({str(numbers) for pair in drawn for numbers in pair}) == 6
+    again = in_processes(draws, 2, tmp_path)
+    assert torch.equal(drawn[1][1], again[1][1])  # of a process, whatever others there are
 
 
 # ------------------------------------------------------------------------------------------ devices
