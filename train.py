@@ -58,6 +58,8 @@ class Run:
     notes: list  # lines for the person who started the run
     plan: allocate.Reallocator | None = None
     delta: DeltaLoRA | None = None
+    ranks: single_ranks.RankSteps | None = None  # single ranks that go on and off
+    around: list = dataclasses.field(default_factory=list)  # before_step, after_step; outer first
     folder: Path | None = None
     epoch: int = 0
     step_in_epoch: int = 0
@@ -101,24 +103,28 @@ def set_up(args):
             shortcuts=shortcuts,
             shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
+            when_off=args.when_off,
         )
     lora.mark_trainable(model)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
-    optimizer = make_optimizer(model, args)
-    run = Run(args, task, model, optimizer, train, dev, test, device, notes)
+    dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
+    ranks = single_ranks.RankSteps(model) if dynamic_ranks else None
+    optimizer = make_optimizer(model, args, ranks)
+    run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
     if args.allocate != "none":
         run.plan = make_plan(model, args)
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
+    run.around = [x for x in (run.delta, run.ranks) if x]
     return run
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, args, ranks=None):
     """AdamW, fused: a few dozen small tensors in one call, where a loop costs 3 % of a step."""
-    parameters = lora.trainable(model).values()
+    parameters = ranks.parameters() if ranks else lora.trainable(model).values()
     return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -127,6 +133,9 @@ def make_plan(model, args):
     if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
         raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
     counts = lora.count_trainable(model)
+    if args.per_rank == "yes" and args.allocate == "dynamic":
+        costs = {name: counts[name] // args.r for name in lora.adapters(model)}
+        single_ranks.refuse_less_than_one_each(costs, args.budget_params)
     return allocate.Reallocator(
         {name: counts[name] for name in lora.adapters(model)},
         mode=args.allocate,
@@ -149,7 +158,8 @@ def decide(run):
     try:
         if args.per_rank == "yes":
             single_ranks.decide(model, run.plan, args.proxy, batches, run.step, run.epoch)
-            run.optimizer = make_optimizer(model, args)  # before step 1: nothing to carry over
+            if not run.ranks:  # they shrank, before step 1: nothing to carry over
+                run.optimizer = make_optimizer(model, args)
         else:
             scores = score(run, batches)
             on = run.plan.choose(scores, run.step, run.epoch)
@@ -158,7 +168,7 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    levels = {n: a.r / args.r * a.enabled for n, a in lora.adapters(model).items()}
+    levels = {n: len(a.ranks) / args.r * a.enabled for n, a in lora.adapters(model).items()}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
     tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
     parameters = sum(lora.count_trainable(model)[name] for name, level in levels.items() if level)
@@ -240,11 +250,11 @@ def train_step(run, group, lr):
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
         settings["lr"] = lr
-    if run.delta:
-        run.delta.before_step()
+    for part in run.around:
+        part.before_step()
     run.optimizer.step()
-    if run.delta:
-        run.delta.after_step()
+    for part in reversed(run.around):
+        part.after_step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -359,7 +369,7 @@ PROGRESS = {  # what a checkpoint says of how far a run is
 def restore(run, state):
     """Put a checkpoint back into a Run that set_up made from the same flags. ValueError: others."""
     single_ranks.shrink_to(run.model, state["parameters"])
-    run.optimizer = make_optimizer(run.model, run.args)
+    run.optimizer = make_optimizer(run.model, run.args, run.ranks)
     checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device)
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
@@ -402,9 +412,9 @@ def finish(run):
     """Write the adapter and the last line of the log; return the table that is printed."""
     pairs = run.delta.export() if run.delta else None
     lora.save_adapter(run.model, run.folder, pairs)
-    counts = lora.count_trainable(run.model)
+    counts, kept = lora.count_trainable(run.model), lora.count_trainable(run.model, stored=True)
     head = sum(counts[module] for module in run.model.head)
-    adapters = sum(counts.values()) - head
+    adapters, stored = sum(counts.values()) - head, sum(kept.values()) - head
     if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
         log(
             run,
@@ -415,6 +425,7 @@ def finish(run):
             test_predictions=run.test_predictions,
             best=run.best,
             trainable={"adapters": adapters, "head": head},
+            stored=stored,
             seconds=round(run.seconds, 2),
             score_seconds=round(run.score_seconds, 2),
         )
@@ -422,6 +433,7 @@ def finish(run):
     return report.table(
         method=flags.describe(run.args),
         adapters=adapters,
+        stored=stored,
         head=head,
         last=run.last,
         best=run.best,
