@@ -15,7 +15,7 @@ A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
     lora_B      | B         | (out, r)   zero: the adapted model starts as the pretrained one
     scaling     | alpha / r | number
     delta_w()   | ΔW        | (out, in)  scaling * B A
-    ranks       | k         | the rank-one parts B_k A_k that are on, list of indices into 0 … r - 1
+    ranks_off   | k         | the rank-one parts B_k A_k that are off, list of indices; mostly []
     when_off    |           | "out": what is off leaves the forward pass; "frozen": it stays in it
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
@@ -78,7 +78,7 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(like))  # (out, r)
         self.weight_before_merge = None
         self._enabled = True
-        self.ranks = list(range(r))
+        self.ranks_off = []
         self.when_off = "out"
 
     @property
@@ -112,9 +112,9 @@ class LoRALayer(nn.Module):
         A, B = self.lora_A, self.lora_B
         if not self.enabled:
             return A.detach(), B.detach()
-        if len(self.ranks) == self.r:
+        if not self.ranks_off:
             return A, B
-        on, off = self.ranks, sorted(set(range(self.r)) - set(self.ranks))
+        off, on = self.ranks_off, [k for k in range(self.r) if k not in self.ranks_off]
         if self.when_off == "out":
             return A[on], B[:, on]  # (ranks on, in), (out, ranks on)
         # B A = sum over k on of B_k A_k  +  sum over k off of B_k A_k, the second held constant
@@ -154,14 +154,14 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(self.lora_A.detach()[kept].clone())  # (r, in)
         self.lora_B = nn.Parameter(self.lora_B.detach()[:, kept].clone())  # (out, r)
         self.r = len(kept)
-        self.ranks = list(range(self.r))
+        self.ranks_off = []
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """A state_dict carries beside A and B what is on, rank by rank, and whether merged."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        ranks = [k in self.ranks for k in range(self.r)]
-        switches = [self.enabled, self.merged, self.when_off == "frozen", *ranks]
+        off = [k in self.ranks_off for k in range(self.r)]
+        switches = [self.enabled, self.merged, self.when_off == "frozen", *off]
         destination[prefix + "lora_switches"] = torch.tensor(switches)  # (3 + r,)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
@@ -171,13 +171,13 @@ class LoRALayer(nn.Module):
         if switches is None:
             missing.append(prefix + "lora_switches")
             return
-        on, merged, frozen, *ranks = switches.tolist()
+        on, merged, frozen, *off = switches.tolist()
         if merged != self.merged:
             raise ValueError(
                 "one of the two models is merged and the other is not: call unmerge(model) first"
             )
         self._enabled, self.when_off = on, "frozen" if frozen else "out"
-        self.ranks = [k for k, rank_on in enumerate(ranks) if rank_on]
+        self.ranks_off = [k for k, rank_off in enumerate(off) if rank_off]
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
@@ -337,7 +337,7 @@ def count_trainable(model, stored=False):
     """
     counts, seen = {}, set()
     for name, layer in adapters(model).items():
-        ranks = set(layer.ranks) if layer.enabled else set()
+        ranks = set(range(layer.r)) - set(layer.ranks_off) if layer.enabled else set()
         if stored:
             ranks |= {k for k in range(layer.r) if layer.lora_B[:, k].any()}
         if ranks:
@@ -416,7 +416,7 @@ def save_adapter(model, path, pairs=None):
     tensors, about = trainable(model), {}
     for name, layer in adapters(model).items():
         about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.in_forward}
-        if layer.enabled and len(layer.ranks) < layer.r:
+        if layer.enabled and layer.ranks_off:
             A, B = layer.branch()
             tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
             about[name]["r"] = len(A)

@@ -98,19 +98,19 @@ def scoring(model):
     score should not depend on a dropout mask.
     """
     layers = adapters(model)
-    on = {name: (layer.enabled, layer.ranks) for name, layer in layers.items()}
+    on = {name: (layer.enabled, layer.ranks_off) for name, layer in layers.items()}
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.eval().requires_grad_(False)
         for layer in layers.values():
-            layer.enabled, layer.ranks = True, list(range(layer.r))
+            layer.enabled, layer.ranks_off = True, []
             for factor in layer.factors().values():
                 factor.requires_grad_(True)
         yield layers
     finally:
         for name, layer in layers.items():
-            layer.enabled, layer.ranks = on[name]
+            layer.enabled, layer.ranks_off = on[name]
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in requires_grad.items():
@@ -211,7 +211,7 @@ def absolute_copy(model):
     for parameter in model.parameters():
         parameter.data.abs_()
     for layer in adapters(model).values():
-        layer.enabled, layer.ranks = True, list(range(layer.r))
+        layer.enabled, layer.ranks_off = True, []
     return model
 
 

@@ -168,7 +168,8 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    levels = {n: len(a.ranks) / args.r * a.enabled for n, a in lora.adapters(model).items()}
+    layers = lora.adapters(model).items()
+    levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
     tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
     parameters = sum(lora.count_trainable(model)[name] for name, level in levels.items() if level)

@@ -8,7 +8,7 @@ rank-one part B_k A_k: column k of lora_B with row k of lora_A. --per-rank yes.
     kept   |         | list of the indices k that a module keeps
 
 Static: once, before training; what is not kept is gone, and a module may keep nothing. Dynamic: the
-factors keep their full shape, parts go off and return (lora.py, ranks), and every module keeps one
+factors keep their full shape, parts go off and return (lora.py, ranks_off), and every module keeps one
 part at least. Off means to a part what it means to a module: no gradient, no step, no decay, and
 its row, column and moments wait for its return.
 
@@ -140,7 +140,7 @@ def decide(model, plan, proxy, batches, step, epoch):
     for name, layer in layers.items():
         layer.enabled = bool(kept[name])
         if dynamic:
-            layer.ranks = kept[name]
+            layer.ranks_off = [k for k in range(r) if k not in kept[name]]
         elif kept[name] and len(kept[name]) < layer.r:
             layer.keep_ranks(kept[name])
 
@@ -186,23 +186,29 @@ class RankSteps:
         pairs = [pair for parts in self.parts.values() for pair in parts]
         return [*(p for pair in pairs for p in pair), *self.rest]
 
+    def on(self):
+        """(layer, k, row, column) of every part that is on."""
+        return [
+            (layer, k, *self.parts[name][k])
+            for name, layer in self.layers.items()
+            for k in range(layer.r)
+            if k not in layer.ranks_off
+        ]
+
     @torch.no_grad()
     def before_step(self):
         """Call after backward (and clipping), before optimizer.step()."""
-        for name, layer in self.layers.items():
-            A, B = layer.lora_A, layer.lora_B
-            for k in layer.ranks:
-                row, column = self.parts[name][k]
-                row.copy_(A[k])  # (in,)
-                column.copy_(B[:, k])  # (out,)
-                row.grad, column.grad = A.grad[k].clone(), B.grad[:, k].contiguous()
-            A.grad = B.grad = None
+        for layer, k, row, column in self.on():
+            row.copy_(layer.lora_A[k])  # (in,)
+            column.copy_(layer.lora_B[:, k])  # (out,)
+            row.grad = layer.lora_A.grad[k].clone()
+            column.grad = layer.lora_B.grad[:, k].contiguous()
+        for layer in self.layers.values():  # handed on: the optimizer's zero_grad is for the parts
+            layer.lora_A.grad = layer.lora_B.grad = None
 
     @torch.no_grad()
     def after_step(self):
         """Call after optimizer.step()."""
-        for name, layer in self.layers.items():
-            for k in layer.ranks:
-                row, column = self.parts[name][k]
-                layer.lora_A[k] = row
-                layer.lora_B[:, k] = column
+        for layer, k, row, column in self.on():
+            layer.lora_A[k] = row
+            layer.lora_B[:, k] = column

@@ -30,7 +30,7 @@ def effective(model):
                 b, a = module.lora_B, module.lora_A
                 alpha_over_r = module.lora_alpha / a.shape[0]
                 if module.when_off == "out":  # the parts that are off are zero
-                    mask = torch.tensor([float(k in module.ranks) for k in range(len(a))])
+                    mask = torch.tensor([float(k not in module.ranks_off) for k in range(len(a))])
                     b = b * mask
                 matrix = matrix + alpha_over_r * torch.einsum("or,ri->oi", b, a)
             found[name] = (matrix, bias)
