@@ -7,10 +7,10 @@ rank-one part B_k A_k: column k of lora_B with row k of lora_A. --per-rank yes.
     part   | B_k A_k | (out, in), of rank one; its cost is in + out parameters
     kept   |         | list of the indices k that a module keeps
 
-Static: once, before training; what is not kept is gone, and a module may keep nothing. Dynamic: the
-factors keep their full shape, parts go off and return (lora.py, ranks_off), and every module keeps one
-part at least. Off means to a part what it means to a module: no gradient, no step, no decay, and
-its row, column and moments wait for its return.
+Static: once, before training; what is not kept is gone, and a module may keep nothing. Dynamic:
+the factors keep their full shape, parts go off and return (ranks_off in lora.py), and every module
+keeps one part at least. Off means to a part what it means to a module: no gradient, no step, no
+decay, and its row, column and moments wait for its return.
 
 What this file does not do: move A, B or W (the optimizer, delta_lora.py).
 """
@@ -175,7 +175,7 @@ class RankSteps:
         self.rest = [p for p in lora.trainable(model).values() if id(p) not in pairs]  # the head
         self.parts = {  # name -> [(row k of A (in,), column k of B (out,))]
             name: [
-                (nn.Parameter(row.clone()), nn.Parameter(column.contiguous()))
+                (nn.Parameter(row.clone()), nn.Parameter(column.clone()))
                 for row, column in zip(layer.lora_A.detach(), layer.lora_B.detach().T, strict=True)
             ]
             for name, layer in self.layers.items()
@@ -202,7 +202,7 @@ class RankSteps:
             row.copy_(layer.lora_A[k])  # (in,)
             column.copy_(layer.lora_B[:, k])  # (out,)
             row.grad = layer.lora_A.grad[k].clone()
-            column.grad = layer.lora_B.grad[:, k].contiguous()
+            column.grad = layer.lora_B.grad[:, k].clone()
         for layer in self.layers.values():  # handed on: the optimizer's zero_grad is for the parts
             layer.lora_A.grad = layer.lora_B.grad = None
 
