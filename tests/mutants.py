@@ -29,6 +29,7 @@ PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft_io.py", "test_oracle.py"
+FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
@@ -56,12 +57,12 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "self.shortcut_ffn, previous_ffn_input, self.attn_norm)", "self.shortcut_ffn, sa_input, self.attn_norm)", "shortcut_ffn from this block", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "return norm(x) if self.config", "return norm(norm(x)) if self.config", "reuse normalises twice", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.enabled and self.config.shortcut_norm", "reuse only where the shortcut is on", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
-    ("model.py", "is_causal=causal,", "is_causal=False,", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "attn_mask=None if causal else key_mask", "attn_mask=None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "is_causal=causal)", "is_causal=False)", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "q = self.split_heads(self.q_proj(queries))", "q = self.split_heads(self.q_proj(queries)) * 0.5", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
-    ("model.py", "+ self.config.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "+ c.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() ** 2 + b.norm() ** 2).sqrt().item()", "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
@@ -128,6 +129,23 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "name.rpartition(\".\")[0] in on]", "True]", "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("model.py", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -1.0)", "padding is attended to a little", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    # ------------------------------------------------------------------------- model folders, families
+    ("model.py", "    hf_folder.check_sizes(tensors, config)\n", "", "sizes of config.json unchecked", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("model.py", 'weight.dtype == torch.float16', 'weight.dtype == torch.float64', "float16 is computed with", f"{MODEL}::test_weights_that_cannot_be_computed_with"),
+    ("model.py", "if not config.pooler_in_head:", "if config.pooler_in_head:", "BERT's own pooler is trained as head", f"{FOLDER}::test_pooler_that_came_is_backbone_and_a_fresh_one_is_head"),
+    ("support/families.py", 'fields["pad_token_id"] + 1', 'fields["pad_token_id"]', "RoBERTa's positions from pad", f"{FOLDER}::test_roberta_layout_has_no_pooler_and_brings_an_lm_head"),
+    ("support/families.py", 'fields["pre_ln"] and kept', 'kept', "a last norm in OPT-350m", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/families.py", 'or 0)', 'and 0)', "GPT-2 pads with 0, not with eos", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/hf_folder.py", "tensor = tensor.T  #", "tensor = tensor  #", "Conv1D not transposed", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "record.fused.index(place)]", "0]", "q, k and v are all q", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "len(found) < c.num_layers", "len(found) < 0", "layers that no tensor has", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("support/hf_folder.py", "not tensor.isfinite().all()", "not stored.isfinite().all()", "overflow on the way to float32", f"{READERS}::test_tensors_that_are_no_plain_numbers"),
+    ("support/hf_folder.py", "    except RecursionError as error:", "    except KeyError as error:", "brackets in brackets", f"{READERS}::test_brackets_in_brackets"),
+    ("support/hf_folder.py", "if not isinstance(shard, str)]", "if shard is None]", "an index that names no files", f"{READERS}::test_index_of_shards"),
+    ("support/hf_folder.py", 'r"GLOBAL ([\\w.]+)|(TorchScript)"', 'r"(nothing)|(at all)"', "a pickle with code is called damaged", f"{READERS}::test_pickles_with_code"),
+    ("support/errors.py", '" ".join(said[: 20 * limit].split())', "said", "messages keep their line breaks, escaped", f"{READERS}::test_one_line_of_what_others_say"),
+    ("support/download.py", "        huggingface_hub.get_cached_repo_tree(repo, **how)  #", "        #", "a part of a model taken for the whole", f"{FOLDER}::test_a_part_of_a_model_is_not_taken_for_the_whole"),
+    ("support/download.py", "revision or REVISIONS.get(repo)", "revision", "the newest in place of the pinned", f"{FOLDER}::test_fetching_from_the_hub"),
     # ------------------------------------------------------------------- runs.py, distributed.py, state.py
     ("runs.py", "if hashlib.sha256(body).digest() != digest:", "if False:", "damaged checkpoints are read", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
     ("runs.py", '        os.replace(path, folder / "checkpoint.previous.pt")\n', "        pass\n", "no checkpoint before the last", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),

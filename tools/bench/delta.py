@@ -11,6 +11,7 @@ import torch
 import lora
 from delta_lora import DeltaLoRA
 from model import Config, Transformer
+from support.families import FAMILIES
 from tools.bench import timing
 
 PLACES = {"q,v": ("q_proj", "v_proj"), "all six": lora.LINEARS}
@@ -21,6 +22,7 @@ def opt_350m(layers, targets):
     """An OPT-350M-shaped model (d 1024, FFN 4096, post-LN) of a few layers, with LoRA r 8."""
     config = Config(
         family="opt",
+        **FAMILIES["opt"].features,
         vocab_size=1000,
         hidden_size=1024,
         num_layers=layers,
@@ -29,11 +31,9 @@ def opt_350m(layers, targets):
         max_positions=128,
         embed_dim=512,
         pad_token_id=1,
-        layer_norm_eps=1e-5,
         activation="relu",
         pre_ln=False,
         final_norm=False,
-        position_offset=2,
     )
     torch.manual_seed(0)
     model = Transformer(config)

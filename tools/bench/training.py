@@ -16,6 +16,7 @@ import torch
 import lora
 from model import Config, Transformer, load_pretrained
 from support import download, glue, hf_folder, seeds
+from support.families import FAMILIES
 from tools.bench import timing
 
 BATCH, STEPS = 16, 20
@@ -212,9 +213,11 @@ def random_sides(side, t, b, layers, d, family="bert"):
         if family == "bert":
             rest = dict(embed_dim=d, layer_norm_eps=1e-12, activation="gelu", type_vocab_size=2)
         else:  # OPT-350M
-            rest = dict(embed_dim=512, layer_norm_eps=1e-5, activation="relu", position_offset=2)
+            rest = dict(embed_dim=512, layer_norm_eps=1e-5, activation="relu")
+            rest |= dict(pre_ln=False, final_norm=False)
             shared["num_heads"] = 16
-        model = Transformer(Config(family, **shared, **rest, pre_ln=False, final_norm=False))
+        features = FAMILIES[family].features
+        model = Transformer(Config(family, **{**features, **shared, **rest}))
         return adapted(model), [batch]
     import transformers
 

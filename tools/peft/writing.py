@@ -25,6 +25,7 @@ import torch
 
 import lora
 from support import download, hf_folder, run_folder
+from support.families import FAMILIES
 
 ROOT = "base_model.model."
 HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
@@ -59,12 +60,11 @@ class Pair:
 
 def full_path(family, module):
     """Our module -> its path in the HF model with a head: "bert.encoder.layer.0.…"."""
-    place = module.rpartition(".")[2]
+    record, place = FAMILIES[family], module.rpartition(".")[2]
     if place in lora.RESIDUALS + lora.CROSS:
         _, i, _ = module.split(".")
-        return f"{hf_folder.PREFIX[family]}{hf_folder.STACK[family]}.{i}.{place}"
-    outside = ("classifier", "score", "pooler") if family == "roberta" else ("classifier", "score")
-    prefix = "" if module in outside else hf_folder.PREFIX[family]
+        return f"{record.prefix}{record.stack}.{i}.{place}"
+    prefix = "" if module in record.unprefixed else record.prefix
     return prefix + hf_folder.hf_module(family, module)
 
 
