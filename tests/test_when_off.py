@@ -214,6 +214,7 @@ def test_delta_lora_through_several_reallocations(lazy):
 
     run(m, 18, optimizer, delta, watch=watch, switch=switch)
     assert not layers["layers.0.q_proj"].enabled and products(m)["layers.0.q_proj"].any()
+    assert set(delta.begin) == {n for n, a in layers.items() if a.enabled}  # the stretch has ended
     exported, batch = delta.export(), tiny.batch(m.config, seed=99)
     for name, w in weights(m).items():
         if not lazy:
