@@ -86,6 +86,8 @@ def set_up(args):
         run.plan, run.proxy = make_plan(model, args), args.proxy
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
+        if args.delta_start is None:
+            args.delta_start = len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
     run.around = [x for x in (run.delta, run.ranks) if x]
     return run

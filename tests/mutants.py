@@ -29,7 +29,7 @@ PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
 WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
-PEFT, ORACLE = "test_peft_io.py", "test_oracle.py"
+PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 SECONDS = 300  # for the tests of one mutant
 
@@ -180,11 +180,20 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
     ("support/checkpoint.py", 'state.get("ranks_off", {}).get(name, [])', "[]", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
-    ("tools/peft_out.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
-    ("tools/peft_out.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
-    ("tools/peft_out.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
-    ("tools/peft_in.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
-    ("tools/peft_in.py", 're.match(rf"(.*\\.)?({key})$", path)', 're.match(rf"(.*)?({key})$", path)', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
+    ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
+    ("tools/peft/writing.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
+    ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
+    ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "    number = isinstance(value, int | float) and not isinstance(value, bool)", "    number = isinstance(value, int | float)", "true is an alpha", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "field not in FIELDS and field not in IGNORED and value", "field.startswith('use_') and value and field not in FIELDS", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
+    ("tools/peft/reading.py", "        if shape != wanted:", "        if shape[0] != wanted[0]:", "a wrong input width passes", f"{PEFT}::test_only_the_input_width_is_wrong"),
+    ("tools/peft/commands.py", "problems += reading.fit(config, pairs, head, model)[2]", "reading.fit(config, pairs, head, model)", "inspect looks away from the model", f"{PEFT}::test_a_folder_for_another_model"),
+    ("tools/plot.py", "-flags[\"lora_alpha\"] / flags[\"r\"] * now_B", "-now_B", "the change of W with B A of scale 1 taken off", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/plot.py", "if state[\"on\"][name]:", "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
+    ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ("tools/oracle.py", "largest = expected.abs().max().item() or 1.0", "largest = 1e6", "errors look small", f"{ORACLE}::test_errors_between_results"),
 ]
 # fmt: on
@@ -246,7 +255,7 @@ def main(words):
                 if pid:
                     running[pid] = mutant, root, report
                 else:
-                    print(f"{mutant[0]:<19}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+                    print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
                     copies.append(root)
             if running:
                 pid, status = os.wait()
@@ -256,7 +265,7 @@ def main(words):
                 with report:
                     said = verdict(status, report)
                 killed += said.startswith("killed")
-                print(f"{mutant[0]:<19}{mutant[3]:<52}{said}", flush=True)
+                print(f"{mutant[0]:<24}{mutant[3]:<52}{said}", flush=True)
     print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
     return 1 if killed < total or not total else 0
 

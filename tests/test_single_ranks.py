@@ -13,16 +13,16 @@ from torch import nn
 import allocate
 import dense
 import lora
-import plot
 import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA
-from faults import same
 from relatives import single_ranks
 from support import checkpoint, run_folder
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
+from tools import plot
+from tools.faults import same
 from tools.peft import reading, writing
 
 OFF = {"layers.0.q_proj": [1], "layers.1.fc1": [0, 2], "layers.2.shortcut_sa": [0]}
@@ -42,8 +42,8 @@ def flags(tmp_path):
     task = tiny.task_folder(tmp_path / "task")
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 4 --epochs 2 --batch-size 5 --lr 0.03 "
-        "--log-every 1 --device cpu --every 0.4 --weight-decay 0.3 --budget-params 600 "
-        "--per-rank yes --allocate dynamic"
+        "--log-every 1 --device cpu --schedule constant --warmup 0 --every 0.4 --weight-decay 0.3 "
+        "--budget-params 600 --per-rank yes --allocate dynamic"
     )
     return text.split()
 

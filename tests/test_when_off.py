@@ -15,12 +15,12 @@ import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA
-from faults import same
 from support import run_folder
 from support.flags import equal_budget_control, parse_flags
 from test_delta_lora import adamw, problem, products, run, weights
 from test_proxies import snapshot
 from test_train import whole_and_interrupted
+from tools.faults import same
 from tools.peft import reading, writing
 
 ALL = lora.RESIDUALS + lora.CROSS
@@ -43,7 +43,8 @@ def flags(tmp_path):
     task = tiny.task_folder(tmp_path / "task")
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.03 "
-        "--log-every 1 --device cpu --every 0.4 --proxy random --weight-decay 0.3 --when-off frozen"
+        "--log-every 1 --device cpu --schedule constant --warmup 0 --every 0.4 --keep 0.25 "
+        "--proxy random --weight-decay 0.3 --when-off frozen"
     )
     return text.split()
 
