@@ -218,10 +218,10 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (b, h, t, d / h)
 
     def add_shortcut(self, x, shortcut, source, norm):
-        """x + S source. With shortcut_norm "reuse" this is normalised once more, also when off."""
+        """x + S source. With shortcut_norm "reuse" this is normalised once more, also when out."""
         if shortcut is None:
             return x
-        if shortcut.enabled:
+        if shortcut.in_forward:
             x = x + shortcut(source)
         return norm(x) if self.config.shortcut_norm == "reuse" else x
 

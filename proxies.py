@@ -94,25 +94,25 @@ def score(name, model, batches):
 
 @contextlib.contextmanager
 def scoring(model):
-    """All modules on, eval mode, a gradient for the factors alone; then everything as before.
+    """All modules and ranks on, eval mode, a gradient for the factors alone; then all as before.
 
     deviates: the released code scores in train mode. Its runs had no dropout either way, and a
     score should not depend on a dropout mask.
     """
     layers = adapters(model)
-    enabled = {name: layer.enabled for name, layer in layers.items()}
+    on = {name: (layer.enabled, layer.ranks_off) for name, layer in layers.items()}
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.eval().requires_grad_(False)
         for layer in layers.values():
-            layer.enabled = True
+            layer.enabled, layer.ranks_off = True, []
             for factor in layer.factors().values():
                 factor.requires_grad_(True)
         yield layers
     finally:
         for name, layer in layers.items():
-            layer.enabled = enabled[name]
+            layer.enabled, layer.ranks_off = on[name]
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in requires_grad.items():
@@ -208,12 +208,12 @@ def flow(model, objective):
 
 
 def absolute_copy(model):
-    """A copy with |parameter| everywhere, all modules on, eval mode, nothing trainable."""
+    """A copy with |parameter| everywhere, all modules and ranks on, eval mode, none trainable."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data.abs_()
     for layer in adapters(model).values():
-        layer.enabled = True
+        layer.enabled, layer.ranks_off = True, []
     return model
 
 

@@ -72,13 +72,16 @@ def set_up(args):
             shortcuts=shortcuts,
             shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
+            when_off=args.when_off,
         )
     lora.mark_trainable(model)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
-    optimizer = make_optimizer(model, args)
-    run = Run(args, task, model, optimizer, train, dev, test, device, notes)
+    dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
+    ranks = single_ranks.RankSteps(model) if dynamic_ranks else None
+    optimizer = make_optimizer(model, args, ranks)
+    run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
     if args.allocate != "none":
         run.plan, run.proxy = make_plan(model, args), args.proxy
     if args.delta_ratio:
@@ -86,12 +89,13 @@ def set_up(args):
         if args.delta_start is None:
             args.delta_start = len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
+    run.around = [x for x in (run.delta, run.ranks) if x]
     return run
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, args, ranks=None):
     """AdamW, fused: a few dozen small tensors in one call, where a loop costs 3 % of a step."""
-    parameters = lora.trainable(model).values()
+    parameters = ranks.parameters() if ranks else lora.trainable(model).values()
     return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -100,6 +104,9 @@ def make_plan(model, args):
     if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
         raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
     counts = lora.count_trainable(model)
+    if args.per_rank == "yes" and args.allocate == "dynamic":
+        costs = {name: counts[name] // args.r for name in lora.adapters(model)}
+        single_ranks.refuse_less_than_one_each(costs, args.budget_params)
     return allocate.Reallocator(
         {name: counts[name] for name in lora.adapters(model)},
         mode=args.allocate,
@@ -122,7 +129,8 @@ def decide(run):
     try:
         if args.per_rank == "yes":
             single_ranks.decide(model, run.plan, args.proxy, batches, run.step, run.epoch)
-            run.optimizer = make_optimizer(model, args)  # before step 1: nothing to carry over
+            if not run.ranks:  # they shrank, before step 1: nothing to carry over
+                run.optimizer = make_optimizer(model, args)
         else:
             scores = score(run, batches)
             on = run.plan.choose(scores, run.step, run.epoch)
@@ -131,7 +139,8 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    levels = {n: a.r / args.r * a.enabled for n, a in lora.adapters(model).items()}
+    layers = lora.adapters(model).items()
+    levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
     tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
     runs.log(run, "score", step=run.step, parameters=runs.counts(model)[0], seconds=seconds)
@@ -191,11 +200,11 @@ def train_step(run, group, lr):
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
         settings["lr"] = lr
-    if run.delta:
-        run.delta.before_step()
+    for part in run.around:
+        part.before_step()
     run.optimizer.step()
-    if run.delta:
-        run.delta.after_step()
+    for part in reversed(run.around):
+        part.after_step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -284,7 +293,7 @@ def prepare(args, stack):
         run.notes += [note] if note else []
         if stored:
             single_ranks.shrink_to(run.model, stored["parameters"])
-            run.optimizer = make_optimizer(run.model, args)
+            run.optimizer = make_optimizer(run.model, args, run.ranks)
             other = runs.restore(run, stored, args.seed)
             run.notes += [other] if other and not args.eval_only else []
         elif args.eval_only:

@@ -5,6 +5,7 @@
                 "none"
 
 The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
+Enabled is what is in the forward pass: on, or off and frozen.
 
 What this file does not do: other formats (tools/peft).
 """

@@ -6,7 +6,7 @@
     key             | content
     parameters      | every lora_A and lora_B, on or off, and the head
     optimizer       | AdamW's moments and step counts
-    on              | which modules are on
+    on, ranks_off   | which modules are on, and which of their rank-one parts are off
     plan            | decisions so far, and the generator of the ties
     delta           | Delta-LoRA: t, the stretches, and the moved weights themselves
     position        | epoch, step_in_epoch, step
@@ -40,6 +40,7 @@ def capture(model, optimizer, plan, delta):
         "parameters": {name: p.detach() for name, p in lora.trainable(model).items()},
         "optimizer": optimizer.state_dict(),
         "on": {name: layer.enabled for name, layer in lora.adapters(model).items()},
+        "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
     }
@@ -70,6 +71,8 @@ def restore(state, model, optimizer, plan, delta, device, seed):
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     lora.switch(model, {name for name, on in state["on"].items() if on})
+    for name, layer in lora.adapters(model).items():
+        layer.ranks_off = state.get("ranks_off", {}).get(name, [])
     if plan:
         plan.load(state["plan"])
     if delta:

@@ -108,7 +108,16 @@ FLAGS = {  # name: (type, default, help)
     ),
     "keep": (number(float, 0, 1), 0.5, "budget as the fraction of modules that stay on"),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
-    "per-rank": (one_of("yes", "no"), "no", "yes = spend --budget-params on ranks, static only"),
+    "per-rank": (
+        one_of("yes", "no"),
+        "no",
+        "yes = spend --budget-params on single ranks; dynamic: at least one in every module",
+    ),
+    "when-off": (
+        one_of("out", "frozen"),
+        "out",
+        "what is switched off goes out of the forward pass, as released, or stays in it, frozen",
+    ),
     "every": (number(float, 1e-9), 0.5, "epochs between two decisions, counted inside each epoch"),
     "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
     "ranking": (
@@ -279,6 +288,8 @@ def describe(args):
     budget = (
         f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
     )
+    budget += " on single ranks" if args.per_rank == "yes" else ""
+    budget += ", off = frozen" if args.when_off == "frozen" else ""
     return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
 
 
@@ -304,10 +315,11 @@ def equal_budget_control(args, spent, costs):
     if args.shortcuts == "none":
         del control["shortcut_alpha"]
     given = {"task": args.task}
-    about_allocation = ("keep", "budget-params", "per-rank", "every", "score-batches", "ranking")
+    about_allocation = ("keep", "budget-params", "per-rank", "when-off", "every", "score-batches")
     for name, (_, default, _) in FLAGS.items():
         value = control.get(name.replace("-", "_"), default)
-        if value != default and name not in (*about_allocation, "proxy", "out", "device"):
+        left_out = (*about_allocation, "ranking", "proxy", "out", "device")
+        if value != default and name not in left_out:
             given[name] = ",".join(value) or "none" if isinstance(value, list) else value
     text = " ".join(
         f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in given.items()
@@ -327,12 +339,14 @@ def refuse_conflicts(given, args):
         raise ValueError(f"--allocate {allocation} needs modules: give --targets or --shortcuts")
     if budget is not None and "keep" in given:
         raise ValueError("--keep and --budget-params are two budgets: give one")
-    if args["per_rank"] == "yes" and (
-        allocation != "static" or budget is None or args["proxy"] not in single_ranks.RANK_PROXIES
-    ):
+    if args["per_rank"] == "yes" and (budget is None or args["proxy"] not in single_ranks.CHOICES):
         raise ValueError(
-            "--per-rank yes needs --allocate static, --budget-params N and --proxy "
-            f"{' or '.join(single_ranks.RANK_PROXIES)}"
+            "--per-rank yes needs --budget-params N and a --proxy out of "
+            f"{', '.join(single_ranks.CHOICES)}"
+        )
+    if args["when_off"] == "frozen" and allocation != "dynamic":
+        raise ValueError(
+            "--when-off frozen needs --allocate dynamic: else nothing that has learned goes off"
         )
     if args["delta_ratio"] == 0:
         if "delta_start" in given or args["delta_lazy"] == "yes":

@@ -15,6 +15,7 @@ import torch
 import allocate
 import lora
 from delta_lora import DeltaLoRA
+from relatives import single_ranks
 from support import checkpoint, distributed, glue, report, run_folder
 
 PROGRESS = {  # what a checkpoint says of how far a run is
@@ -39,6 +40,8 @@ class Run:
     proxy: str = ""  # what the plan's scores come from
     plan: allocate.Reallocator | None = None
     delta: DeltaLoRA | None = None
+    ranks: single_ranks.RankSteps | None = None  # single ranks that go on and off
+    around: list = dataclasses.field(default_factory=list)  # before_step, after_step; outer first
     folder: Path | None = None
     epoch: int = 0
     step_in_epoch: int = 0
@@ -96,10 +99,13 @@ def restore(run, state, seed):
 
 
 def counts(model):
-    """(trainable parameters of the adapters that are on, of the head)."""
-    found = lora.count_trainable(model)
+    """(trainable parameters of the adapters that are on, of the head, of adapters stored).
+
+    Stored: with what is off but has learned.
+    """
+    found, kept = lora.count_trainable(model), lora.count_trainable(model, stored=True)
     head = sum(found[module] for module in model.head)
-    return sum(found.values()) - head, head
+    return sum(found.values()) - head, head, sum(kept.values()) - head
 
 
 def finish(run, method, control):
@@ -113,7 +119,7 @@ def finish(run, method, control):
     """
     pairs = run.delta.export() if run.delta else None
     lora.save_adapter(run.model, run.folder, pairs)
-    adapters, head = counts(run.model)
+    adapters, head, stored = counts(run.model)
     if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
         log(
             run,
@@ -124,12 +130,14 @@ def finish(run, method, control):
             test_predictions=run.test_predictions,
             best=run.best,
             trainable={"adapters": adapters, "head": head},
+            stored=stored,
             seconds=round(run.seconds, 2),
             score_seconds=round(run.score_seconds, 2),
         )
     return report.table(
         method=method,
         adapters=adapters,
+        stored=stored,
         head=head,
         last=run.last,
         best=run.best,

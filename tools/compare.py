@@ -275,6 +275,7 @@ def line_of(study, arm, run, folder):
             if event["event"] == "eval"
         ],
         "trainable": done[0]["trainable"],
+        "stored": done[0].get("stored"),
         "seconds": done[0]["seconds"],
     }
     if run.phase == "final":
