@@ -99,6 +99,10 @@ def test_the_same_export_gives_the_same_bytes(tmp_path):
     assert sum(p.stat().st_size for p in GOLDEN.iterdir()) < 5_000_000
 
 
+def test_the_page_counts_them():
+    assert f"holds {len(CASES)} small cases" in (GOLDEN.parents[1] / "docs/oracle.md").read_text()
+
+
 def test_inputs_are_exact_in_float32():
     for _, tensors in CASES.values():
         for key, tensor in tensors.items():

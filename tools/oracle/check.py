@@ -298,14 +298,9 @@ def check(folder, candidate, only=None):
         [Row] in the order of the files.
 
     Raises:
-        ValueError: nothing has the name `only`.
+        ValueError, OSError: as golden.read.
     """
-    cases = golden.read(folder)
-    if only is not None:
-        known = dict.fromkeys(content["function"] for content, _ in cases)
-        cases = [c for c in cases if only in (c[0]["name"], c[0]["function"])]
-        if not cases:
-            raise ValueError(f"--only {only}: no case and no function, allowed: {', '.join(known)}")
+    cases = golden.read(folder, only)
     rows = [judge(candidate, *case, dtype) for case in cases for dtype in case[0]["dtypes"]]
     by_function = {}
     for row in rows:

@@ -102,21 +102,26 @@ def export(folder):
     return len(cases)
 
 
-def read(folder):
-    """[(content of NAME.json, its tensors)] of all cases.
+def read(folder, only=None):
+    """[(content of NAME.json, its tensors)] of all cases, or of those of one name or function.
 
     Raises:
-        ValueError, OSError: no cases, or a file that is none.
+        ValueError, OSError: no cases, a file that is none, or nothing of the name `only`.
     """
-    folder, cases = Path(folder), []
+    folder, cases, functions = Path(folder), [], {}
     for path in sorted(folder.glob("*.json")):
         content = hf_folder.read_json(path)
         absent = [field for field in FIELDS if field not in content]
         if absent or content["function"] not in vars(causes):
             raise ValueError(f"{path} is not a case of the oracle")
+        functions[content["function"]] = True
+        if only not in (None, content["name"], content["function"]):
+            continue
         stored = path.with_suffix(".safetensors")
         needs = '"tensor"' in path.read_text()
         cases.append((content, hf_folder.read_file(stored) if needs else {}))
-    if not cases:
+    if not functions:
         raise FileNotFoundError(f"{folder} holds no cases: python -m tools.oracle export {folder}")
+    if not cases:
+        raise ValueError(f"{only} is no case and no function, allowed: {', '.join(functions)}")
     return cases

@@ -32,8 +32,10 @@ A TRANSFORMER. logits, scores, rank_scores and train: BERT or OPT for sequence c
 config is the content of config.json as transformers writes it, weights are all tensors under their
 Hugging Face names ("bert.encoder.layer.0.output.dense.weight"), and adapters holds the pairs by the
 path of the layer: adapters["bert.encoder.layer.0.attention.self.query"] = {"lora_A", "lora_B",
-"lora_alpha"}. Dropout is 0. HeteroLoRA's shortcuts are pairs too, at the path of their block
-("bert.encoder.layer.0.residual_1"); with P(x) = scaling B A x and x the input of the block,
+"lora_alpha"}. All else is as in transformers' BertForSequenceClassification and
+OPTForSequenceClassification, dropout is 0. HeteroLoRA's shortcuts are pairs too, at the path of
+their block ("bert.encoder.layer.0.residual_1"); with P(x) = scaling B A x and x the input of the
+block,
 
     BERT   u = LayerNorm(x + P_residual_1(x) + attention(x)) + P_shortcut_ffn(u of the block before)
            y = LayerNorm(u + P_residual_2(u) + FFN(u)) + P_shortcut_sa(x)
