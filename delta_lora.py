@@ -20,10 +20,11 @@ effective weight is therefore W_0 + (1 + lambda) s P_T - lambda s P_{K+1}: W_0 p
 2r at most (r with start=-1). That is an ordinary LoRA adapter, and export() returns it. Whatever
 the path, the total update is not "high-rank".
 
-With an allocation. A module that is off does not move W, and W keeps what it has. The module's
-stretch ends with the switch, and is kept; when the module returns, a new stretch begins from its
-pair as it is then. Over all stretches W_T - W_0 = lambda s sum (P_end - P_begin). A pair that
-returns unchanged cancels, and the rank is 2r at most again.
+With an allocation. A module that is off does not move W, and W keeps what it has. (If it is frozen,
+its branch stays in the forward pass, at scale s, and in the export.) The module's stretch ends with
+the switch, and is kept; when the module returns, a new stretch begins from its pair as it is then.
+Over all stretches W_T - W_0 = lambda s sum (P_end - P_begin). A pair that returns unchanged
+cancels, and the rank is 2r at most again.
 
 Two things to know. With the adapter off the model computes with W_T, not W_0. And merging gives
 W_T + s B A, with scale s: W_T holds the lambda part already.
@@ -186,13 +187,14 @@ class DeltaLoRA:
 
         Returns:
             dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that never
-            was on.
+            was on. With single ranks R <= 2r + the ranks that are on.
         """
         result = {}
         for name, layer in self.adapters.items():
             terms = self.terms(name)
-            if layer.enabled:
-                terms = combine([(*self.pair(name), layer.scaling), *terms])
+            if layer.in_forward:
+                pair = (p.detach() for p in layer.branch())
+                terms = combine([(*pair, layer.scaling), *terms])
             A, B = self.pair(name)
             # A' = [A_T; A_begin; …],  B' = [(1 + lambda) s B_T, -lambda s B_begin, …]
             result[name] = (

@@ -15,6 +15,8 @@ A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
     lora_B      | B         | (out, r)   zero: the adapted model starts as the pretrained one
     scaling     | alpha / r | number
     delta_w()   | ΔW        | (out, in)  scaling * B A
+    ranks_off   | k         | the rank-one parts B_k A_k that are off, list of indices; mostly []
+    when_off    |           | "out": what is off leaves the forward pass; "frozen": it stays in it
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
 embeddings, LayerNorm or biases.
@@ -78,6 +80,8 @@ class LoRALayer(nn.Module):
         self.weight_before_merge = None
         self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
+        self.ranks_off = []
+        self.when_off = "out"
 
     @property
     def merged(self):
@@ -85,10 +89,12 @@ class LoRALayer(nn.Module):
 
     @property
     def enabled(self):
-        """Off: base(x) alone, no cost, no gradient; A and B are kept for when it returns.
+        """Off: no gradient, no step; A and B are kept for when it returns.
 
-        A parameter that took no part in the forward pass has .grad None, and the optimizer leaves
-        it alone altogether: no step, no weight decay, no change of its moments.
+        With when_off "out" the module is then base(x) alone and costs nothing; with "frozen" its
+        branch stays in the forward pass as it is. A parameter without a gradient has .grad None,
+        and the optimizer leaves it alone altogether: no step, no weight decay, no change of its
+        moments.
         """
         return self._enabled
 
@@ -100,20 +106,40 @@ class LoRALayer(nn.Module):
             )
         self._enabled = bool(value)
 
+    @property
+    def in_forward(self):
+        """Whether the branch takes part in the forward pass: on, or off and frozen."""
+        return self.enabled or self.when_off == "frozen"
+
+    def branch(self):
+        """(A, B) as the forward pass takes them; what is off, and stays in, gets no gradient."""
+        A, B = self.lora_A, self.lora_B
+        if not self.enabled:
+            return A.detach(), B.detach()
+        if not self.ranks_off:
+            return A, B
+        off, on = self.ranks_off, [k for k in range(self.r) if k not in self.ranks_off]
+        if self.when_off == "out":
+            return A[on], B[:, on]  # (ranks on, in), (out, ranks on)
+        # B A = sum over k on of B_k A_k  +  sum over k off of B_k A_k, the second held constant
+        return torch.cat([A[on], A.detach()[off]]), torch.cat([B[:, on], B.detach()[:, off]], 1)
+
     def forward(self, x):
         """(…, in) -> (…, out)."""
-        if self.merged or not self.enabled:
+        if self.merged or not self.in_forward:
             return self.base(x)
-        # h = base(x) + scaling * B (A dropout(x))
+        # h = base(x) + scaling * B (A dropout(x)); off and frozen: A and B held constant
+        A, B = self.branch()
         h = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
-        h = F.linear(h, self.lora_A)  # (b, t, r)
+        h = F.linear(h, A)  # (b, t, r)
         # The scale sits on the small factor: (out, r) numbers instead of (b, t, out).
-        return self.base(x) + F.linear(h, self.scaling * self.lora_B)  # (b, t, out)
+        return self.base(x) + F.linear(h, self.scaling * B)  # (b, t, out)
 
     def delta_w(self):
         """What the branch adds to the weight, (out, in)."""
         # ΔW = scaling * B A
-        return self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
+        A, B = self.branch()
+        return self.scaling * (B @ A)  # (out, in)
 
     def factors(self):
         """The tensors that train, by name; another module may share some of them."""
@@ -132,12 +158,15 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(self.lora_A.detach()[kept].clone())  # (r, in)
         self.lora_B = nn.Parameter(self.lora_B.detach()[:, kept].clone())  # (out, r)
         self.r = len(kept)
+        self.ranks_off = []
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on, whether it is merged, and the scale."""
+        """A state_dict carries beside A and B what is on, which ranks, if merged, and the scale."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "lora_switches"] = torch.tensor([self.enabled, self.merged])
+        off = [k in self.ranks_off for k in range(self.r)]
+        switches = [self.enabled, self.merged, self.when_off == "frozen", *off]
+        destination[prefix + "lora_switches"] = torch.tensor(switches)  # (3 + r,)
         destination[prefix + "lora_scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
@@ -148,19 +177,20 @@ class LoRALayer(nn.Module):
             missing += [key for key in keys if key not in state_dict]
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
             return
-        if switches.shape != (2,) or scaling.item() != self.scaling:
+        if switches.shape != (3 + self.r,) or scaling.item() != self.scaling:
             raise ValueError(
-                f"{prefix[:-1]} has scaling {self.scaling}, the state_dict {scaling.item()}: "
-                "inject with the same r and lora_alpha"
+                f"{prefix[:-1]} has r {self.r} and scaling {self.scaling}, the state_dict "
+                f"{len(switches) - 3} and {scaling.item()}: inject with the same r and lora_alpha"
             )
-        on, merged = switches.tolist()
+        on, merged, frozen, *off = switches.tolist()
         if merged or self.locked:
             raise ValueError(
                 f"{prefix[:-1]} is merged, in the state_dict or in the model: call unmerge(model) "
                 "on that side, and save anew"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        self._enabled = bool(on)
+        self._enabled, self.when_off = bool(on), "frozen" if frozen else "out"
+        self.ranks_off = [k for k, rank_off in enumerate(off) if rank_off]
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
@@ -193,6 +223,7 @@ def inject(
     shortcut_alpha=4,
     seed=0,
     adapter=LoRALayer,
+    when_off="out",
 ):
     """Put a LoRALayer in place of each target, in every block; the model changes in place.
 
@@ -208,15 +239,18 @@ def inject(
         shortcut_alpha: float, lora_alpha of the shortcuts.
         seed: int.
         adapter: the class of what is put on the targets; shortcuts are LoRALayers always.
+        when_off: "out" (the released rule) or "frozen": what becomes of a module that is off.
 
     Returns:
         adapters(model).
 
     Raises:
-        ValueError: an unknown place, nothing to adapt, a rank out of range, or a model that is
-            injected, without numbers (meta), in float16, or no model.Transformer.
+        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
+            that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
     refuse_unsuitable(model)
+    if when_off not in ("out", "frozen"):
+        raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
         for place in given:
             if place not in allowed:
@@ -224,9 +258,7 @@ def inject(
     if not targets and not shortcuts:
         raise ValueError(f"nothing to adapt: name at least one target out of {', '.join(LINEARS)}")
     if adapters(model):
-        raise ValueError(
-            "the model has LoRA modules already: inject once, into a freshly loaded model"
-        )
+        raise ValueError("the model has LoRA modules already: inject into a freshly loaded model")
     new = {}
     for i in range(len(model.layers)):
         for place in LINEARS + RESIDUALS + CROSS:
@@ -238,6 +270,7 @@ def inject(
             rng = seeds.generator(seed, f"lora_A/{name}")
             new[name] = kind(*base_of(model, name), r, alpha, lora_dropout, rng)
     for name, layer in new.items():  # only now: a refused rank leaves the model as it was
+        layer.when_off = when_off
         put(model, name, layer)
     return adapters(model)
 
@@ -328,16 +361,25 @@ def training_now(model):
     return {name: p for name, p in trainable(model).items() if id(p) not in off}
 
 
-def count_trainable(model):
+def count_trainable(model, stored=False):
     """dict name -> trainable parameters: r (in + out) of an adapter that is on; head modules.
 
-    A factor that several modules share is counted once, with the first of them that is on.
+    Of an adapter whose ranks are not all on, those that are. A factor that several modules share
+    is counted once, with the first of them that is on.
+
+    Args:
+        model: model.Transformer.
+        stored: bool; with True what is off but has learned (B_k other than zero) counts as well:
+            what a run keeps, beside what it trains at once.
     """
     counts, seen = {}, set()
     for name, layer in adapters(model).items():
-        if layer.enabled:
+        ranks = set(range(layer.r)) - set(layer.ranks_off) if layer.enabled else set()
+        if stored:
+            ranks |= {k for k in range(layer.r) if layer.lora_B[:, k].any()}
+        if ranks:
             own = [f for f in layer.factors().values() if id(f) not in seen and f.requires_grad]
-            counts[name] = sum(f.numel() for f in own)
+            counts[name] = sum(f.numel() for f in own) * len(ranks) // layer.r
             seen |= {id(f) for f in own}
     for module in model.head:
         parameters = model.get_submodule(module).parameters()
@@ -349,13 +391,14 @@ def count_trainable(model):
 
 
 def merge(model):
-    """Add every module that is on and has a weight into it; the model computes the same.
+    """Add every branch in the forward pass that has a weight into it; the model computes the same.
 
-    A module that is off contributes nothing before and nothing after. A shortcut has no weight to
-    merge into: it stays a low-rank branch, and the output is still the same.
+    What is off contributes nothing before and nothing after, unless it is frozen. A shortcut has no
+    weight to merge into: it stays a low-rank branch, and the output is still the same.
 
     Returns:
-        tuple of the names that were merged; what is on and not in it is a shortcut.
+        tuple of the names that were merged; what is in the forward pass and not in it is a
+        shortcut.
 
     Raises:
         ValueError: already merged; or lora_dropout > 0 in train mode, where the branch is random
@@ -364,7 +407,7 @@ def merge(model):
     layers = adapters(model)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model is merged already: call unmerge(model) before merging again")
-    chosen = {n: a for n, a in layers.items() if a.enabled and isinstance(a.base, nn.Linear)}
+    chosen = {n: a for n, a in layers.items() if a.in_forward and isinstance(a.base, nn.Linear)}
     for name, layer in chosen.items():
         if layer.lora_dropout and layer.training:
             raise ValueError(
@@ -403,6 +446,8 @@ def unmerge(model):
 def save_adapter(model, path, pairs=None):
     """Write all that was trained to one file (support/adapter_file.py), whole or not at all.
 
+    Enabled in the file is what is in the forward pass, on or frozen; of single ranks, those in it.
+
     Args:
         model: model.Transformer with adapters.
         path: the file, or a folder, which gets adapter.safetensors.
@@ -411,7 +456,11 @@ def save_adapter(model, path, pairs=None):
     """
     tensors, about = trainable(model), {}
     for name, layer in adapters(model).items():
-        about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.enabled}
+        about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.in_forward}
+        if layer.enabled and layer.ranks_off:
+            A, B = layer.branch()
+            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+            about[name]["r"] = len(A)
     for name, (lora_A, lora_B) in (pairs or {}).items():
         tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
         about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
@@ -438,22 +487,27 @@ def load_adapter(model, path):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    layers = {}
+    bases = {}
     for name, a in about.items():
         try:
-            base = base_of(model, name)
+            bases[name] = base_of(model, name)
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
-        expected |= {f"{name}.lora_A": None, f"{name}.lora_B": None}
-        if a["r"] > 0:  # 0: Delta-LoRA, a module that never was on
-            layers[name] = LoRALayer(*base, a["r"], a["scaling"] * a["r"])
-            layers[name].scaling = a["scaling"]  # to the bit, which scaling * r / r is not
-            expected |= {f"{name}.{key}": f.shape for key, f in layers[name].factors().items()}
+        _, n_in, n_out = bases[name]
+        expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
     adapter_file.refuse_misfit(path, tensors, expected)
-    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
+    for name, a in about.items():  # only now: a refused file leaves the model as it was
+        if a["r"] == 0:  # Delta-LoRA, a module that never was on
+            continue
+        # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
+        layer = LoRALayer(*bases[name], 1, a["scaling"], generator=torch.Generator())
+        layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
+        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
+        layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
         put(model, name, layer)
+    head = {name: p for name, p in trainable(model).items() if "lora_" not in name}
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
+        for name, parameter in head.items():
             parameter.copy_(tensors[name])
     switch(model, {name for name, a in about.items() if a["enabled"]})
     model.requires_grad_(False)

@@ -15,11 +15,9 @@ What this file does not do: mixed precision, compile, search hyper-parameters.
 """
 
 import contextlib
-import dataclasses
 import math
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -32,10 +30,11 @@ from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import single_ranks
 from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
+from support import run as runs
 from support.errors import one_line
+from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, predict
+from support.run import Run
 from support.settings import effects
-
-EVAL_BATCH_SIZE = 64
 
 
 class CannotGoOn(RuntimeError):
@@ -43,35 +42,6 @@ class CannotGoOn(RuntimeError):
 
 
 # ------------------------------------------------------------------------------------------- set-up
-
-
-@dataclasses.dataclass
-class Run:
-    """All that the loop needs; what changes in it is what a checkpoint stores."""
-
-    args: types.SimpleNamespace
-    task: glue.Task
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    train: list | None  # encoded examples; None with --eval-only
-    dev: list
-    test: list | None  # with labels, and asked for
-    device: torch.device
-    notes: list  # lines for the person who started the run
-    plan: allocate.Reallocator | None = None
-    delta: DeltaLoRA | None = None
-    folder: Path | None = None
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best: dict | None = None  # metrics of the best epoch
-    last: dict | None = None
-    test_metrics: dict | None = None
-    test_predictions: str | None = None
-    seconds: float = 0.0
-    score_seconds: float = 0.0  # of these, spent on decisions
-    log_lines: int = 0  # of metrics.jsonl, when the run was saved
-    stop: bool = False  # Ctrl-C was pressed
 
 
 def set_up(args):
@@ -104,24 +74,30 @@ def set_up(args):
             shortcuts=shortcuts,
             shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
+            when_off=args.when_off,
         )
     lora.mark_trainable(model)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
-    optimizer = make_optimizer(model, args)
-    run = Run(args, task, model, optimizer, train, dev, test, device, notes)
+    dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
+    ranks = single_ranks.RankSteps(model) if dynamic_ranks else None
+    optimizer = make_optimizer(model, args, ranks)
+    run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
     if args.allocate != "none":
-        run.plan = make_plan(model, args)
+        run.plan, run.proxy = make_plan(model, args), args.proxy
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
+        if args.delta_start is None:
+            args.delta_start = 0 if args.eval_only else len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
+    run.around = [x for x in (run.delta, run.ranks) if x]
     return run
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, args, ranks=None):
     """AdamW, fused: a few dozen small tensors in one call, where a loop costs 3 % of a step."""
-    parameters = lora.trainable(model).values()
+    parameters = ranks.parameters() if ranks else lora.trainable(model).values()
     return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -130,6 +106,9 @@ def make_plan(model, args):
     if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
         raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
     counts = lora.count_trainable(model)
+    if args.per_rank == "yes" and args.allocate == "dynamic":
+        costs = {name: counts[name] // args.r for name in lora.adapters(model)}
+        single_ranks.refuse_less_than_one_each(costs, args.budget_params)
     return allocate.Reallocator(
         {name: counts[name] for name in lora.adapters(model)},
         mode=args.allocate,
@@ -152,7 +131,8 @@ def decide(run):
     try:
         if args.per_rank == "yes":
             single_ranks.decide(model, run.plan, args.proxy, batches, run.step, run.epoch)
-            run.optimizer = make_optimizer(model, args)  # before step 1: nothing to carry over
+            if not run.ranks:  # they shrank, before step 1: nothing to carry over
+                run.optimizer = make_optimizer(model, args)
         else:
             scores = score(run, batches)
             on = run.plan.choose(scores, run.step, run.epoch)
@@ -161,12 +141,12 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    levels = {n: a.r / args.r * a.enabled for n, a in lora.adapters(model).items()}
+    layers = lora.adapters(model).items()
+    levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
     tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
-    parameters = sum(lora.count_trainable(model)[name] for name, level in levels.items() if level)
-    log(run, "score", step=run.step, parameters=parameters, seconds=seconds)
-    write_history(run)
+    runs.log(run, "score", step=run.step, parameters=runs.counts(model)[0], seconds=seconds)
+    runs.write_history(run)
 
 
 def score(run, batches):
@@ -188,22 +168,6 @@ def score_batches(run):
     return terminal.Watched(batches)
 
 
-def write_history(run):
-    """allocation.json: every decision so far."""
-    if not run.folder:
-        return
-    a = run.args
-    budget = {"keep": a.keep} if a.budget_params is None else {"parameters": a.budget_params}
-    content = {"proxy": a.proxy, "mode": a.allocate, "budget": budget, "costs": run.plan.costs}
-    run_folder.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
-
-
-def log(run, event, **values):
-    """A line of metrics.jsonl, where this process has a run folder to write to."""
-    if run.folder:
-        run_folder.log(run.folder, event, **values)
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -219,12 +183,6 @@ def learning_rate(step, total, lr, schedule, warmup):
     return lr * max(0.0, (total - step) / max(1, total - warmup))
 
 
-def batch_of(model, examples):
-    """Examples as a batch on the model's device."""
-    config, device = model.config, model.word_embeddings.weight.device
-    return glue.collate(examples, config.pad_token_id, config.type_vocab_size > 1, device)
-
-
 def train_step(run, group, lr):
     """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
     total = sum(map(len, group))
@@ -236,19 +194,20 @@ def train_step(run, group, lr):
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())
-    loss, stop = distributed.sum_gradients(parameters, loss, float(run.stop))
+    asked = run.asked_to_stop or distributed.orphaned()
+    loss, stop = distributed.sum_gradients(parameters, loss, float(asked))
     run.stop = stop > 0  # all processes stop after the same step
     if not math.isfinite(loss):
         raise CannotGoOn(f"the loss of step {run.step + 1} is {loss}")
     if run.args.clip:
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    if run.delta:
-        run.delta.before_step()
+    for settings in run.optimizer.param_groups:
+        settings["lr"] = lr
+    for part in run.around:
+        part.before_step()
     run.optimizer.step()
-    if run.delta:
-        run.delta.after_step()
+    for part in reversed(run.around):
+        part.after_step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -286,10 +245,10 @@ def train(run):
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
                 if run.step % args.log_every == 0:
                     change = {"weight_change": run.delta.weight_change()} if run.delta else {}
-                    log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
+                    runs.log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
                 run.seconds = seconds_before + time.monotonic() - started
                 if run.stop:
-                    save(run)
+                    runs.save(run)
                     return
             run.epoch, run.step_in_epoch = run.epoch + 1, 0
             run.last = evaluate(run.model, run.task, run.dev)
@@ -297,34 +256,9 @@ def train(run):
             headline = run.task.metrics[0]
             if run.best is None or run.last[headline] > run.best[headline]:
                 run.best = {**run.last, "epoch": run.epoch}
-            log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
+            runs.log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
             bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
-            save(run)
-
-
-@torch.inference_mode()
-def predict(model, task, examples):
-    """A class id (regression: a score) for each encoded example, in order; the mode is kept."""
-    training = model.training
-    model.eval()
-    # by length: little padding, and shares that are alike
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    mine, found = distributed.share(order), []
-    for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
-        batch = batch_of(model, [examples[mine[i]] for i in indices])
-        del batch["labels"]
-        logits = model(**batch).logits  # (b, labels)
-        found += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
-    model.train(training)
-    parts = distributed.gather(dict(zip(mine, found, strict=True)))  # index -> prediction
-    by_index = {i: prediction for part in parts for i, prediction in part.items()}
-    return [by_index[i] for i in range(len(examples))]
-
-
-def evaluate(model, task, examples):
-    """The task's metrics on encoded examples."""
-    labels = [example["label"] for example in examples]
-    return glue.metrics(task, predict(model, task, examples), labels)
+            runs.save(run)
 
 
 def evaluate_test(run):
@@ -341,45 +275,7 @@ def evaluate_test(run):
     run.test_predictions = separator.join(map(str, predictions))
 
 
-# --------------------------------------------------------------------------------- the run's folder
-
-
-def save(run):
-    """Write a checkpoint; every process calls this, the first one writes."""
-    generators = distributed.gather(checkpoint.random_state(run.device))
-    if distributed.rank() == 0:
-        state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
-        state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
-        lines = len(run_folder.read_log(run.folder))
-        checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
-
-
-PROGRESS = {  # what a checkpoint says of how far a run is
-    "position": ("epoch", "step_in_epoch", "step"),
-    "metrics": ("best", "last", "seconds", "score_seconds"),
-}
-
-
-def restore(run, state):
-    """Put a checkpoint back into a Run that set_up made from the same flags. ValueError: others."""
-    if not run.args.eval_only:
-        refuse_lost(run, **state["position"], last=state["metrics"]["last"])
-    single_ranks.shrink_to(run.model, state["parameters"])
-    run.optimizer = make_optimizer(run.model, run.args)
-    checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device)
-    run.log_lines = state["log_lines"]
-    for name, value in {**state["position"], **state["metrics"]}.items():
-        setattr(run, name, value)
-
-
-def refuse_lost(run, epoch, step_in_epoch, step, last):
-    """Raises ValueError where a checkpoint says that it is at a step that the run does not have."""
-    per_epoch = len(epoch_steps(run, 0))
-    counted = epoch * per_epoch + step_in_epoch
-    inside = step_in_epoch <= per_epoch and counted <= run.args.epochs * per_epoch
-    if step != counted or not inside or bool(epoch) != bool(last):
-        at = f"step {step}, {step_in_epoch} of epoch {epoch}"
-        raise ValueError(f"the checkpoint in {run.args.resume} is at {at}: no step of this run")
+# --------------------------------------------------------------------------------------------- main
 
 
 def prepare(args, stack):
@@ -396,17 +292,16 @@ def prepare(args, stack):
     run = set_up(args)
     splits = {"dev": run.dev} if args.eval_only else {"train": run.train, "dev": run.dev}
     data = {split: glue.fingerprint(examples) for split, examples in splits.items()}
-    if args.resume:
-        resume(run, data)
+    lines = resume(run, data) if args.resume else 0
     if not args.eval_only:
         parameters = sum(lora.count_trainable(run.model).values())
         sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
         run.notes += effects(args, **sizes)
     if args.resume and writes:
         run.folder = Path(args.resume)
-        run_folder.truncate_log(run.folder, run.log_lines)
+        run_folder.truncate_log(run.folder, lines)
         if run.plan and run.plan.history:
-            write_history(run)
+            runs.write_history(run)
     elif writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
         run.folder = run_folder.create(folder, stack, flags.stored(args), data)
@@ -418,57 +313,30 @@ def resume(run, data):
 
     Args:
         data: dict split -> fingerprint of what was loaded; a run does not go on with other data.
+
+    Returns:
+        int, how many lines metrics.jsonl had then.
     """
-    folder = Path(run.args.resume)
+    args, folder = run.args, Path(run.args.resume)
     other = run_folder.other_data(folder, data)
-    if other and not run.args.eval_only:
+    if other and not args.eval_only:
         raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
     like = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
-    stored, note = checkpoint.read_last(folder, like)
+    parts = [p.detach() for p in run.ranks.parameters()] if run.ranks else None
+    stored, note = checkpoint.read_last(folder, like, parts)
     run.notes += filter(None, (other, note))
-    if stored:
-        restore(run, stored)
-    elif run.args.eval_only:
-        raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
-
-
-def finish(run):
-    """Write the adapter and the last line of the log; return the table that is printed."""
-    pairs = run.delta.export() if run.delta else None
-    lora.save_adapter(run.model, run.folder, pairs)
-    counts = lora.count_trainable(run.model)
-    head = sum(counts[module] for module in run.model.head)
-    adapters = sum(counts.values()) - head
-    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
-        log(
-            run,
-            "done",
-            **run.last,
-            dev=run.last,
-            test=run.test_metrics,
-            test_predictions=run.test_predictions,
-            best=run.best,
-            trainable={"adapters": adapters, "head": head},
-            seconds=round(run.seconds, 2),
-            score_seconds=round(run.score_seconds, 2),
-        )
-    costs = run.plan.costs if run.plan else {}
-    return report.table(
-        method=flags.describe(run.args),
-        adapters=adapters,
-        head=head,
-        last=run.last,
-        best=run.best,
-        test=run.test_metrics,
-        seconds=run.seconds,
-        score_seconds=run.score_seconds,
-        decisions=len(run.plan.history) if run.plan else 0,
-        folder=run.folder,
-        control=flags.equal_budget_control(run.args, adapters, costs) if run.plan else None,
-    )
-
-
-# --------------------------------------------------------------------------------------------- main
+    if not stored:
+        if args.eval_only:
+            raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
+        return 0
+    if not args.eval_only:
+        per_epoch = len(epoch_steps(run, 0))
+        runs.refuse_lost(folder, stored, per_epoch, per_epoch * args.epochs)
+    single_ranks.shrink_to(run.model, stored["parameters"])
+    run.optimizer = make_optimizer(run.model, args, run.ranks)
+    note = runs.restore(run, stored, args.seed)
+    run.notes += [note] if note and not args.eval_only else []
+    return stored["log_lines"]
 
 
 def dry_run(run):
@@ -482,22 +350,28 @@ def dry_run(run):
 
 
 def main(argv=None):
-    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted and saved."""
+    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted and saved.
+
+    Of several processes the first one has it, the others 0: torchrun would end the first, in the
+    middle of its last words, where another one failed before it.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            args = flags.parse_flags(argv)
-            distributed.start(args.device)
+            distributed.start()
             stack.callback(distributed.stop)
             if distributed.rank():
                 stack.enter_context(terminal.silent())  # the first process alone speaks
-            run = prepare(args, stack)
+            with distributed.together():
+                args = flags.parse_flags(argv)
+                run = prepare(args, stack)
         except (ValueError, OSError) as error:
             print(f"train.py: {one_line(error, 600)}", file=sys.stderr)
-            return 2
+            return 0 if distributed.rank() else 2
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)
-        return evaluate_only(run) if args.eval_only else carry_out(run)
+        code = evaluate_only(run) if args.eval_only else carry_out(run)
+        return 0 if distributed.rank() else code
 
 
 def evaluate_only(run):
@@ -505,8 +379,8 @@ def evaluate_only(run):
     where = (run.args.task, run.args.data_dir)
     print(f"{len(run.dev)} examples of {glue.source(*where, 'dev')}")
     print(report.show(evaluate(run.model, run.task, run.dev)))
-    if run.test is not None:
-        evaluate_test(run)
+    evaluate_test(run)
+    if run.test_metrics:
         print(f"{len(run.test)} examples of {glue.source(*where, 'test')}")
         print(f"test: {report.show(run.test_metrics)}")
     return 0
@@ -524,27 +398,31 @@ def carry_out(run):
             return 0
         with terminal.stop_on_signal(run):
             train(run)
+        run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
         if not run.stop:
             evaluate_test(run)
         if not run.stop and distributed.rank() == 0:
-            print(finish(run))
+            control = None
+            if run.plan:
+                spent = runs.counts(run.model)[0]
+                control = flags.equal_budget_control(run.args, spent, run.plan.costs)
+            print(runs.finish(run, flags.describe(run.args), control))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():
             print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"train.py: cannot write the run: {error}; go on from its last checkpoint with "
-            f"--resume {run.folder}",
-            file=sys.stderr,
-        )
+        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
+        where = f"go on from its last checkpoint with --resume {run.folder}"
+        print(f"train.py: {what}; {where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
         return 130
     if run.stop:
-        print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
+        command = f"{distributed.command()} train.py --resume {run.folder}"
+        print(f"stopped and saved; go on with: {command}")
         return 130
     return 0
 

@@ -6,7 +6,7 @@
     key             | content
     parameters      | every lora_A and lora_B, on or off, and the head
     optimizer       | AdamW's moments and step counts
-    on              | which modules are on
+    on, ranks_off   | which modules are on, and which of their rank-one parts are off
     plan            | decisions so far, and the generator of the ties
     delta           | Delta-LoRA: t, the stretches, and the moved weights themselves
     position        | epoch, step_in_epoch, step
@@ -24,15 +24,14 @@ What this file does not do: the frozen weights (they are reloaded), the adapter 
 import hashlib
 import io
 import os
-import re
 import warnings
 
 import torch
 
 import lora
-from support import distributed
-from support.errors import one_line
+from support import distributed, seeds
 from support.form import Maybe, count, finite, misfit
+from support.hf_folder import why_not_loaded
 from support.run_folder import write_atomic
 
 # ------------------------------------------------------------------------------------------ content
@@ -89,6 +88,7 @@ FORM = {  # of every checkpoint
         "param_groups": [dict],
     },
     "on": {str: bool},
+    "ranks_off": {str: [count]},
     "plan": Maybe({"history": [DECISION], "rng": generator_state}),
     "delta": Maybe(
         {
@@ -110,15 +110,17 @@ FORM = {  # of every checkpoint
 }
 
 
-def form_of(state, like):
+def form_of(state, like, parts=None):
     """The form of a checkpoint that fits one run: the names, shapes and dtypes of that run.
 
     Args:
         state: of the form FORM; what may be absent (moments, stretches) is looked for in it.
         like: what `capture` gives of the run before its first step.
+        parts: what the optimizer steps, where that is not like["parameters"]: single ranks that go
+            on and off, while the factors keep their shape.
     """
     kept = {}  # of single ranks: how many rank-one parts each module has
-    for decision in state["plan"]["history"] if state["plan"] else []:
+    for decision in state["plan"]["history"] if state["plan"] and not parts else []:
         kept |= {n: len(on) for n, on in decision["on"].items() if type(on) is list and on}
     shapes = {}
     for name, p in like["parameters"].items():
@@ -127,7 +129,8 @@ def form_of(state, like):
         shape = p.shape if r is None else (r, p.shape[1]) if key == "lora_A" else (p.shape[0], r)
         shapes[name] = tensor(shape, p.dtype)
     step, seen = tensor((), torch.float32), state["optimizer"]["state"]
-    moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in shapes.values()]
+    stepped = [tensor(p.shape, p.dtype) for p in parts] if parts else shapes.values()
+    moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in stepped]
     form = FORM | {
         "parameters": shapes,
         "optimizer": {
@@ -135,6 +138,7 @@ def form_of(state, like):
             "param_groups": groups_like(like["optimizer"]["param_groups"]),
         },
         "on": dict.fromkeys(like["on"], bool),
+        "ranks_off": {name: [count] for name in like["on"]},
         "plan": like["plan"] and FORM["plan"].form,
         "delta": like["delta"] and FORM["delta"].form,
     }
@@ -157,6 +161,7 @@ def capture(model, optimizer, plan, delta):
         "parameters": {name: p.detach() for name, p in lora.trainable(model).items()},
         "optimizer": optimizer.state_dict(),
         "on": {name: layer.enabled for name, layer in lora.adapters(model).items()},
+        "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
     }
@@ -168,33 +173,46 @@ def random_state(device):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore(state, model, optimizer, plan, delta, device):
+def restore(state, model, optimizer, plan, delta, device, seed):
     """Put back what capture and random_state took; plan and delta may be None.
 
+    A process that was not there when the checkpoint was written gets dropout's generators from
+    (seed, step, rank).
+
+    Returns:
+        str: what another number of processes means for the run, "" where it is the same number.
+
     Raises:
-        ValueError: the checkpoint belongs to other flags, or to another number of processes.
+        ValueError: the checkpoint belongs to other flags.
     """
     parameters = lora.trainable(model)
     if set(parameters) != set(state["parameters"]):
         raise ValueError("the checkpoint belongs to other flags than config.json")
-    if len(state["generators"]) != distributed.world():
-        raise ValueError(
-            f"the run has {len(state['generators'])} processes, this is {distributed.world()}: "
-            "resume with as many"
-        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     lora.switch(model, {name for name, on in state["on"].items() if on})
+    for name, layer in lora.adapters(model).items():
+        layer.ranks_off = state["ranks_off"][name]
     if plan:
         plan.load(state["plan"])
     if delta:
         delta.load(state["delta"])
     optimizer.load_state_dict(state["optimizer"])
-    generators = state["generators"][distributed.rank()]
-    torch.set_rng_state(generators["cpu"])
-    if generators["cuda"] is not None:
-        torch.cuda.set_rng_state(generators["cuda"], device)
+    before, now, rank = len(state["generators"]), distributed.world(), distributed.rank()
+    if rank < before:
+        torch.set_rng_state(state["generators"][rank]["cpu"])
+        if device.type == "cuda" and state["generators"][rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["generators"][rank]["cuda"], device)
+    else:
+        name = f"dropout/{state['position']['step']}/{rank}"
+        torch.manual_seed(seeds.generator(seed, name).initial_seed())
+    if now == before:
+        return ""
+    return (
+        f"{before} process{'es' * (before > 1)} began, {now} go{'es' * (now == 1)} on: the same "
+        "run up to rounding, and with other dropout masks if there are any"
+    )
 
 
 # --------------------------------------------------------------------------------------------- file
@@ -234,21 +252,13 @@ def read(path):
     return state
 
 
-def why_not_loaded(error):
-    """What torch.load(weights_only=True) found, without its advice to switch the safety off."""
-    said = str(error)
-    found = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", said)  # what the file asks to be called
-    if found:
-        return f"holds code ({found[1] or found[2]}), refused: nothing of it was run"
-    return f"is damaged: {'not a file of tensors' if 'weights_only' in said else one_line(error)}"
-
-
-def read_last(folder, like=None):
+def read_last(folder, like=None, parts=None):
     """The last checkpoint that is whole, and fits.
 
     Args:
         folder: pathlib.Path of the run.
         like: what it has to fit: `capture` of the run before its first step; None = anything.
+        parts: as in form_of.
 
     Returns:
         (state, note): state is None where the run stopped before its first checkpoint; note says
@@ -261,7 +271,7 @@ def read_last(folder, like=None):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         try:
             state = read(folder / name)
-            wrong = misfit(state, form_of(state, like)) if like else ""
+            wrong = misfit(state, form_of(state, like, parts)) if like else ""
             if wrong:
                 raise ValueError(f"{folder / name} does not fit the run: {wrong}")
         except FileNotFoundError:

@@ -13,6 +13,7 @@ def table(
     *,
     method,
     adapters,
+    stored,
     head,
     last,
     best,
@@ -27,7 +28,8 @@ def table(
 
     Args:
         method: str, the method in one line.
-        adapters, head: int, trainable parameters.
+        adapters, head: int, trainable parameters. stored: int, those of adapters with what is off
+            but has learned.
         last, best, test: dicts of metrics, test may be None; best holds its epoch.
         seconds, score_seconds: float, of the run, and of these for decisions.
         decisions: int, 0 where nothing is allocated.
@@ -37,9 +39,12 @@ def table(
     rows = {
         "method": method,
         "trainable": f"{adapters:,} in adapters + {head:,} in the head",
+        "stored": f"{stored:,} in adapters: what is on, and what has learned and is off",
         "final": show(last),
         "best": f"{show(best)} (epoch {best['epoch']})",
     }
+    if stored == adapters:
+        del rows["stored"]
     if test:
         rows["test"] = show(test)
     rows["seconds"] = f"{seconds:.1f}"

@@ -55,7 +55,7 @@ def needs(a):
     allocates, shortcuts = a.allocate != "none", a.shortcuts != "none"
     modules = a.targets or shortcuts
     reads_data = a.proxy not in (*allocate.BASELINES, *proxies.WITHOUT_DATA)
-    allocation = "keep budget_params per_rank every score_batches proxy ranking"
+    allocation = "keep budget_params per_rank when_off every score_batches proxy ranking"
     return (
         (allocation, allocates, "--allocate static or dynamic: nothing is allocated"),
         ("every", a.allocate == "dynamic", "--allocate dynamic: a static choice is made once"),
@@ -73,7 +73,7 @@ def needs(a):
 def contradictions(a):
     """(whether, message) of values that exclude each other, or undo a method."""
     modules = a.targets or a.shortcuts != "none"
-    single = a.allocate == "static" and a.budget_params and a.proxy in single_ranks.RANK_PROXIES
+    single = a.budget_params and a.proxy in single_ranks.CHOICES
     delta, reads_weights = a.delta_ratio != 0, a.proxy in READ_WEIGHTS
     lazy = delta and a.delta_lazy == "yes"
     cross = set(lora.SHORTCUTS[a.shortcuts]) & set(lora.CROSS)
@@ -85,8 +85,12 @@ def contradictions(a):
         ),
         (
             a.per_rank == "yes" and not single,
-            "--per-rank yes needs --allocate static, --budget-params N and --proxy "
-            f"{' or '.join(single_ranks.RANK_PROXIES)}",
+            "--per-rank yes needs --budget-params N and a --proxy out of "
+            f"{', '.join(single_ranks.CHOICES)}",
+        ),
+        (
+            a.when_off == "frozen" and a.allocate != "dynamic",
+            "--when-off frozen needs --allocate dynamic: else nothing that has learned goes off",
         ),
         (a.targets and a.lora_alpha == 0, f"--lora-alpha {no_branch}"),
         (a.shortcuts != "none" and a.shortcut_alpha == 0, f"--shortcut-alpha {no_branch}"),
@@ -154,7 +158,10 @@ def effects(args, *, examples, parameters, plan=None):
             f"{steps - 2} at most, or more --epochs"
         )
     if args.warmup and steps == 1:
-        raise ValueError(f"--warmup {args.warmup}: the run has one step, and its rate would be 0")
+        raise ValueError(
+            f"--warmup {args.warmup}: the run has one step, and its rate would be 0: "
+            "give --warmup 0"
+        )
     rows = about_training(args, examples, batches, parameters, steps)
     if plan:
         rows += about_allocation(args, examples, per_epoch, plan)

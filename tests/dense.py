@@ -26,9 +26,12 @@ def effective(model):
                 matrix = base.weight.clone()
             else:
                 matrix = torch.eye(d, dtype=torch.float64) * (place in lora.RESIDUALS)
-            if adapter and module.enabled:
+            if adapter and (module.enabled or module.when_off == "frozen"):
                 b, a = module.lora_B, module.lora_A
                 alpha_over_r = module.lora_alpha / a.shape[0]
+                if module.when_off == "out":  # the parts that are off are zero
+                    mask = torch.tensor([float(k not in module.ranks_off) for k in range(len(a))])
+                    b = b * mask
                 matrix = matrix + alpha_over_r * torch.einsum("or,ri->oi", b, a)
             found[name] = (matrix, bias)
     return found

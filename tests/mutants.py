@@ -27,8 +27,10 @@ ROOT = Path(__file__).parents[1]
 LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
 PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.py"
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
+WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
-PEFT, ORACLE = "test_peft_io.py", "test_oracle.py"
+PEFT, ORACLE = "test_peft.py", "test_oracle.py"
+FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 SECONDS = 300  # for the tests of one mutant
 
@@ -37,15 +39,15 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # ------------------------------------------------------------------------------------ lora.py
     ("lora.py", "= lora_alpha / r\n", "= lora_alpha\n", "scale alpha instead of alpha / r", f"{LORA}::test_forward_and_gradients_in_closed_form"),
     ("lora.py", "= lora_alpha / r\n", "= lora_alpha / r**0.5\n", "scale of rsLoRA", f"{LORA}::test_forward_and_gradients_in_closed_form"),
-    ("lora.py", "self.scaling * self.lora_B)  # (b", "self.lora_B)  # (b", "forward without the scale", f"{LORA}::test_forward_and_gradients_in_closed_form"),
-    ("lora.py", "return self.scaling * (self", "return 1.0 * (self", "delta_w without the scale", f"{LORA}::test_delta_w_entry_by_entry"),
+    ("lora.py", "self.scaling * B)  # (b", "B)  # (b", "forward without the scale", f"{LORA}::test_forward_and_gradients_in_closed_form"),
+    ("lora.py", "return self.scaling * (B", "return 1.0 * (B", "delta_w without the scale", f"{LORA}::test_delta_w_entry_by_entry"),
     ("lora.py", "bound = in_features**-0.5", "bound = out_features**-0.5", "A drawn by fan-out", f"{LORA}::test_initial_values"),
     ("lora.py", "(2 * uniform - 1) * bound", "uniform * bound", "A drawn from (0, bound)", f"{LORA}::test_initial_values"),
     ("lora.py", 'f"lora_A/{name}"', 'f"lora_A/{place}"', "A the same in every layer", f"{LORA}::test_initial_a_depends_on_seed_and_name_alone"),
-    ("lora.py", "if self.merged or not self.enabled:", "if self.merged:", "off modules stay in", f"{LORA}::test_off_means_off"),
+    ("lora.py", "if self.merged or not self.in_forward:", "if self.merged:", "off modules stay in", f"{LORA}::test_off_means_off"),
     ("lora.py", "layer.base.weight += layer.delta_w()", "layer.base.weight += layer.delta_w() / layer.scaling", "merge without the scale", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "copy_(layer.weight_before_merge)", "sub_(layer.delta_w())", "unmerge by subtraction", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
-    ("lora.py", "if a.enabled and isinstance(a.base, nn.Linear)}", "if isinstance(a.base, nn.Linear)}", "merge takes modules that are off", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
+    ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if isinstance(a.base, nn.Linear)}", "merge takes modules that are off", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "    model.requires_grad_(False)\n", "", "nothing is frozen", f"{LORA}::test_trainable_set_and_counts"),
     ("lora.py", "self.lora_alpha = self.scaling * self.r", "self.scaling = self.lora_alpha / self.r", "fewer ranks change the scale", f"{HETERO}::test_ranks_within_a_budget"),
     ("lora.py", "lora_B.detach()[:, kept]", "lora_B.detach()[:, : len(kept)]", "kept rows of A with other columns of B", f"{HETERO}::test_kept_ranks_compute_what_they_did"),
@@ -56,13 +58,13 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "self.shortcut_sa, sa_input, self.ffn_norm)", "self.shortcut_sa, ffn_input, self.ffn_norm)", "shortcut_sa from the FFN's input", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "self.shortcut_ffn, previous_ffn_input, self.attn_norm)", "self.shortcut_ffn, sa_input, self.attn_norm)", "shortcut_ffn from this block", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "return norm(x) if self.config", "return norm(norm(x)) if self.config", "reuse normalises twice", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
-    ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.enabled and self.config.shortcut_norm", "reuse only where the shortcut is on", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
-    ("model.py", "is_causal=causal,", "is_causal=False,", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "attn_mask=None if causal else key_mask", "attn_mask=None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.in_forward and self.config.shortcut_norm", "reuse only where the shortcut is on", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
+    ("model.py", "is_causal=causal)", "is_causal=False)", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "q = self.split_heads(self.q_proj(queries))", "q = self.split_heads(self.q_proj(queries)) * 0.5", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
-    ("model.py", "+ self.config.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "+ c.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() ** 2 + b.norm() ** 2).sqrt().item()", "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
@@ -81,7 +83,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "a * h if whole else h", "h", "released alpha does not scale the layer", f"{PROXIES}::test_alpha_scales_the_branch_or_as_released_the_layer"),
     ("proxies.py", "(eye * residual)", "(eye * 1.0)", "slot of a cross shortcut taken for an identity", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ("proxies.py", "(w * g).abs().sum().item()", "(w * g).sum().abs().item()", "snip_slot: absolute value of the sum", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
-    ("proxies.py", "            layer.enabled = enabled[name]\n", "            pass\n", "scoring leaves everything on", f"{PROXIES}::test_nothing_is_left_behind"),
+    ("proxies.py", "            layer.enabled, layer.ranks_off = on[name]\n", "            pass\n", "scoring leaves everything on", f"{PROXIES}::test_nothing_is_left_behind"),
     ("proxies.py", "            module.training = mode\n", "            pass\n", "scoring leaves eval mode", f"{PROXIES}::test_nothing_is_left_behind"),
     ("proxies.py", "                layer.base = bases[name]\n", "                pass\n", "slots leave dense bases behind", f"{PROXIES}::test_nothing_is_left_behind"),
     ("proxies.py", "a.norm(dim=1) + b.norm(dim=0)", "a.norm(dim=1) + b.norm()", "rank scores share B's whole norm", f"{PROXIES}::test_rank_scores_are_those_of_the_rows_and_columns"),
@@ -112,7 +114,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("delta_lora.py", "if not layer.enabled:\n                self.end", "if False:\n                self.end", "modules that are off are taken for on", f"{DELTA}::test_a_pair_redrawn_while_off_begins_anew"),
     ("delta_lora.py", "[(*end, 1), (*self.begin.pop(name), -1)]", "[(*end, 1)]", "a stretch without its beginning", f"{DELTA}::test_stretches_through_several_reallocations"),
     ("delta_lora.py", "self.begin.setdefault(name, self.old[name])", "self.begin[name] = self.old[name]", "every step begins a stretch", f"{DELTA}::test_lazy_mode_gives_the_same_losses"),
-    ("delta_lora.py", "combine([(*self.pair(name), layer.scaling), *terms])", "combine([(*self.pair(name), (1 + self.ratio) * layer.scaling), *terms])", "lambda counted twice in the export", f"{DELTA}::test_stretches_through_several_reallocations"),
+    ("delta_lora.py", "combine([(*pair, layer.scaling), *terms])", "combine([(*pair, (1 + self.ratio) * layer.scaling), *terms])", "lambda counted twice in the export", f"{DELTA}::test_stretches_through_several_reallocations"),
     ("delta_lora.py", "F.linear(thin, c * B)", "F.linear(thin, B)", "lazy branch without lambda s", f"{DELTA}::test_lazy_mode_gives_the_same_losses"),
     ("delta_lora.py", "self.old[name] = tuple(p.clone() for p in self.pair(name))", "self.old[name] = tuple(p.clone() if name in self.begin else 0 * p for p in self.pair(name))", "whole product at the first step", f"{DELTA}::test_weights_move_first_after_step_k_plus_2"),
     ("delta_lora.py", "                delta_update_(layer", "                layer.base.weight.mul_(0.999)\n                delta_update_(layer", "weights decay", f"{DELTA}::test_one_step_by_hand"),
@@ -125,26 +127,86 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("hetero.py", "layer.enabled = name in on", "layer.enabled = name not in on", "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("state.py", '    torch.set_rng_state(generators["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
     ("state.py", "        layer.enabled = state[\"on\"].get(name, True)\n", "", "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
-    ("train.py", "        run.delta.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
+    ("train.py", "        part.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "name.rpartition(\".\")[0] in on]", "True]", "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("model.py", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -1.0)", "padding is attended to a little", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    # ------------------------------------------------------------------------- model folders, families
+    ("model.py", "    hf_folder.check_sizes(tensors, config)\n", "", "sizes of config.json unchecked", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("model.py", 'weight.dtype == torch.float16', 'weight.dtype == torch.float64', "float16 is computed with", f"{MODEL}::test_weights_that_cannot_be_computed_with"),
+    ("model.py", "if not config.pooler_in_head:", "if config.pooler_in_head:", "BERT's own pooler is trained as head", f"{FOLDER}::test_pooler_that_came_is_backbone_and_a_fresh_one_is_head"),
+    ("support/families.py", 'fields["pad_token_id"] + 1', 'fields["pad_token_id"]', "RoBERTa's positions from pad", f"{FOLDER}::test_roberta_layout_has_no_pooler_and_brings_an_lm_head"),
+    ("support/families.py", 'fields["pre_ln"] and kept', 'kept', "a last norm in OPT-350m", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/families.py", 'or 0)', 'and 0)', "GPT-2 pads with 0, not with eos", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/hf_folder.py", "tensor = tensor.T  #", "tensor = tensor  #", "Conv1D not transposed", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "record.fused.index(place)]", "0]", "q, k and v are all q", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "len(found) < c.num_layers", "len(found) < 0", "layers that no tensor has", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("support/hf_folder.py", "not tensor.isfinite().all()", "not stored.isfinite().all()", "overflow on the way to float32", f"{READERS}::test_tensors_that_are_no_plain_numbers"),
+    ("support/hf_folder.py", "    except RecursionError as error:", "    except KeyError as error:", "brackets in brackets", f"{READERS}::test_brackets_in_brackets"),
+    ("support/hf_folder.py", "if not isinstance(shard, str)]", "if shard is None]", "an index that names no files", f"{READERS}::test_index_of_shards"),
+    ("support/hf_folder.py", 'r"GLOBAL ([\\w.]+)|(TorchScript)"', 'r"(nothing)|(at all)"', "a pickle with code is called damaged", f"{READERS}::test_pickles_with_code"),
+    ("support/errors.py", '" ".join(said[: 20 * limit].split())', "said", "messages keep their line breaks, escaped", f"{READERS}::test_one_line_of_what_others_say"),
+    ("support/download.py", "        huggingface_hub.get_cached_repo_tree(repo, **how)  #", "        #", "a part of a model taken for the whole", f"{FOLDER}::test_a_part_of_a_model_is_not_taken_for_the_whole"),
+    ("support/download.py", "revision or REVISIONS.get(repo)", "revision", "the newest in place of the pinned", f"{FOLDER}::test_fetching_from_the_hub"),
     # ------------------------------------------------------------------- runs.py, distributed.py, state.py
     ("runs.py", "if hashlib.sha256(body).digest() != digest:", "if False:", "damaged checkpoints are read", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
     ("runs.py", '        os.replace(path, folder / "checkpoint.previous.pt")\n', "        pass\n", "no checkpoint before the last", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
     ("runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "two runs share a folder", f"{FAULTS}::test_two_runs_in_one_folder"),
     ("runs.py", '"wb") as file:\n            file.write(content)', '"wb") as file:\n            os.replace(temporary, path)\n            file.write(content)', "renamed before it is written", f"{FAULTS}::test_a_killed_run_resumes_to_the_same_bits"),
-    ("distributed.py", "return items[rank() :: world()]", "return items", "every process takes the whole batch", f"{DISTRIBUTED}::test_two_processes_equal_one"),
-    ("distributed.py", "    dist.all_reduce(flat)\n    *parts", "    *parts", "gradients are not summed", f"{DISTRIBUTED}::test_two_processes_equal_one"),
-    ("distributed.py", "(flat / world()).tolist()", "flat.tolist()", "scores are summed over processes", f"{DISTRIBUTED}::test_two_processes_equal_one"),
-    ("hetero.py", "return distributed.mean_scores(scores)", "return scores", "every process decides by its own scores", f"{DISTRIBUTED}::test_processes_that_would_disagree_agree"),
-    ("state.py", "+ 1_000_003 * distributed.rank())", ")", "the same dropout masks in every process", f"{DISTRIBUTED}::test_each_process_draws_its_own_dropout"),
+    ("support/distributed.py", "return items[rank() :: world()]", "return items", "every process takes the whole batch", f"{DISTRIBUTED}::test_two_processes_equal_one"),
+    ("support/distributed.py", "    exchange(dist.all_reduce, flat, group=group(flat.device.type))\n", "", "gradients are not summed", f"{DISTRIBUTED}::test_two_processes_equal_one"),
+    ("support/distributed.py", "dtype=torch.float64) / world()  #", "dtype=torch.float64)  #", "scores are summed over processes", f"{DISTRIBUTED}::test_two_processes_equal_one"),
+    ("support/distributed.py", "raise own or ValueError(", "if own:\n                raise own\n            print(", "a process goes on where another has failed", f"{DISTRIBUTED}::test_what_one_process_cannot_do_none_does"),
+    ("support/distributed.py", "            torch.cuda.set_device(device)", "            pass", "all processes work on the first GPU", f"{DISTRIBUTED}::test_each_process_gets_its_gpu_before_anything_is_put_on_one"),
+    ("support/distributed.py", 'if device_type == "cuda"', "if torch.cuda.is_available()", "the backend follows the machine", f"{DISTRIBUTED}::test_the_backend_follows_the_device"),
+    ("support/checkpoint.py", "{state['position']['step']}/{rank}", "{state['position']['step']}", "processes that were not there share their dropout", f"{DISTRIBUTED}::test_a_process_that_was_not_there_draws_dropout_of_its_own"),
+    ("train.py", "distributed.mean_scores(proxies.score(run.args.proxy, run.model, batches))", "proxies.score(run.args.proxy, run.model, batches)", "every process decides by its own scores", f"{DISTRIBUTED}::test_processes_that_would_disagree_agree"),
+    ("train.py", "+ 1_000_003 * distributed.rank())", ")", "the same dropout masks in every process", f"{DISTRIBUTED}::test_each_process_draws_its_own_dropout"),
+    ("train.py", "run.asked_to_stop or distributed.orphaned()", "run.asked_to_stop", "nobody stops when torchrun is gone", f"{DISTRIBUTED}::test_processes_without_torchrun_stop_together"),
+    ("train.py", "distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0", "run.stop or run.asked_to_stop", "a process stops at the end, and the others do not know", f"{DISTRIBUTED}::test_one_process_is_asked_to_stop_and_all_do"),
+    ("proxies.py", "    return distributed.sum_tensors(sums)\n", "    return sums\n", "each process scores with the gradients of its share", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
+    ("proxies.py", "        hg = distributed.sum_tensors(hg)\n", "", "grasp: H g of a share", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
+    ("proxies.py", "        totals = distributed.sum_numbers(totals)\n", "", "fisher: the examples of a share", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
+    ("proxies.py", "    [hits] = distributed.sum_numbers([hits])\n", "", "alpha: hits of a share over all examples", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
+    ("proxies.py", "for batch in batches)\n    sums =", "for batch in distributed.share(batches))\n    sums =", "each share is a mean of its own", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
+    ("proxies.py", "    for batch in distributed.share(batches):\n        # L =", "    for batch in batches:\n        # L =", "every process scores all batches", f"{DISTRIBUTED}::test_each_batch_is_scored_by_one_process"),
+    # -------------------------------------------------------------- off = frozen, single ranks that move
+    ("lora.py", "            return A.detach(), B.detach()\n", "            return A, B\n", "what is frozen trains on", f"{WHEN_OFF}::test_forward_and_gradients_equal_dense_matrices"),
+    ("lora.py", 'return self.enabled or self.when_off == "frozen"', "return self.enabled", "frozen is out", f"{WHEN_OFF}::test_out_leaves_and_frozen_stays"),
+    ("model.py", "        if shortcut.in_forward:\n            x = x +", "        if shortcut.enabled:\n            x = x +", "a frozen shortcut is left out", f"{WHEN_OFF}::test_out_leaves_and_frozen_stays"),
+    ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if a.enabled and isinstance(a.base, nn.Linear)}", "frozen modules do not merge", f"{WHEN_OFF}::test_frozen_modules_merge_too"),
+    ("lora.py", '"enabled": layer.in_forward}', '"enabled": layer.enabled}', "the file leaves out what is frozen", f"{WHEN_OFF}::test_a_saved_adapter_loads_to_equal_logits"),
+    ("lora.py", 'on, "frozen" if frozen else "out"', "on, self.when_off", "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
+    ("lora.py", "if layer.lora_B[:, k].any()}", "if layer.lora_A[k].any()}", "stored: what never learned counts", f"{WHEN_OFF}::test_trainable_at_once_and_stored"),
+    ("delta_lora.py", "            if layer.in_forward:\n", "            if layer.enabled:\n", "the export leaves out what is frozen", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
+    ("delta_lora.py", "if not layer.enabled:\n                self.end", "if not layer.in_forward:\n                self.end", "a frozen module's stretch goes on", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
+    ("lora.py", "            return A[on], B[:, on]  #", "            return A, B  #", "ranks that are off stay in", f"{RANKS}::test_forward_and_gradients_equal_dense_matrices"),
+    ("lora.py", "torch.cat([A[on], A.detach()[off]])", "torch.cat([A[on], A[off]])", "frozen ranks get a gradient in A", f"{RANKS}::test_forward_and_gradients_equal_dense_matrices"),
+    ("lora.py", "numel() for f in own) * len(ranks) // layer.r", "numel() for f in own)", "ranks that are off are counted", f"{RANKS}::test_counts_and_a_state_dict"),
+    ("lora.py", '            about[name]["r"] = len(A)\n', "", "the file names the rank of the whole factor", f"{RANKS}::test_the_exports_compute_what_was_measured"),
+    ("proxies.py", "            layer.enabled, layer.ranks_off = True, []\n            for", "            layer.enabled = True\n            for", "ranks that are off are not scored", f"{RANKS}::test_scoring_takes_every_rank_and_leaves_them_off"),
+    ("relatives/single_ranks.py", "            chosen |= best\n", "", "the one in every module is not kept", f"{RANKS}::test_the_best_parts_with_one_in_every_module"),
+    ("relatives/single_ranks.py", "            budget -= rank_costs[name]\n", "", "the one in every module is not paid for", f"{RANKS}::test_the_best_parts_with_one_in_every_module"),
+    ("relatives/single_ranks.py", "            if k not in layer.ranks_off\n", "", "ranks that are off are stepped", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
+    ("relatives/single_ranks.py", "            layer.lora_B[:, k] = column\n", "", "B does not get its step", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
+    ("relatives/single_ranks.py", "            layer.lora_A.grad = layer.lora_B.grad = None\n", "            pass\n", "gradients of factors add up over steps", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
+    ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
+    ("support/checkpoint.py", 'state.get("ranks_off", {}).get(name, [])', "[]", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
-    ("tools/peft_out.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
-    ("tools/peft_out.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
-    ("tools/peft_out.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
-    ("tools/peft_in.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
-    ("tools/peft_in.py", 're.match(rf"(.*\\.)?({key})$", path)', 're.match(rf"(.*)?({key})$", path)', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
+    ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
+    ("tools/peft/writing.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
+    ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
+    ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "    number = isinstance(value, int | float) and not isinstance(value, bool)", "    number = isinstance(value, int | float)", "true is an alpha", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "field not in FIELDS and field not in IGNORED and value", "field.startswith('use_') and value and field not in FIELDS", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
+    ("tools/peft/reading.py", "        if shape != wanted:", "        if shape[0] != wanted[0]:", "a wrong input width passes", f"{PEFT}::test_only_the_input_width_is_wrong"),
+    ("tools/peft/commands.py", "problems += reading.fit(config, pairs, head, model)[2]", "reading.fit(config, pairs, head, model)", "inspect looks away from the model", f"{PEFT}::test_a_folder_for_another_model"),
+    ("tools/plot.py", "-flags[\"lora_alpha\"] / flags[\"r\"] * now_B", "-now_B", "the change of W with B A of scale 1 taken off", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/plot.py", "if state[\"on\"][name]:", "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
+    ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ("tools/oracle.py", "largest = expected.abs().max().item() or 1.0", "largest = 1e6", "errors look small", f"{ORACLE}::test_errors_between_results"),
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
     ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
@@ -164,7 +226,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/checkpoint.py", "(*value.shape,) == (*shape,) and value.dtype == dtype", "value.dtype == dtype", "other shapes are put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/checkpoint.py", "misfit(state, form_of(state, like)) if like", "misfit(state, FORM) if like", "a checkpoint of another run is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/checkpoint.py", "return len(value) == len(groups) and all(", "return all(", "an optimizer without its group", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
-    ("support/checkpoint.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
+    ("support/hf_folder.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
     ("support/run_folder.py", "if stored.get(split, data[split]) != data[split]:", "if False:", "a run goes on with other data", f"{DOORS}::test_a_run_keeps_its_data"),
     ("support/glue.py", 'e["token_type_ids"], e["label"])', 'e["token_type_ids"])', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
     ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
@@ -232,7 +294,7 @@ def main(words):
                 if pid:
                     running[pid] = mutant, root, report
                 else:
-                    print(f"{mutant[0]:<19}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+                    print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
                     copies.append(root)
             if running:
                 pid, status = os.wait()
@@ -242,7 +304,7 @@ def main(words):
                 with report:
                     said = verdict(status, report)
                 killed += said.startswith("killed")
-                print(f"{mutant[0]:<19}{mutant[3]:<52}{said}", flush=True)
+                print(f"{mutant[0]:<24}{mutant[3]:<52}{said}", flush=True)
     print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
     return 1 if killed < total or not total else 0
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import compare
-import compare_report
 from support import flags as flags_module
+from tools import compare, compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
 ARM = '[[arms]]\nname = "{}"\nspace = "s"\nflags = "--r {}"\nlrs = [1e-3, 3e-3]\n{}\n'
@@ -194,7 +193,7 @@ def test_verdicts_in_the_fixed_words(intervals, words):
     assert compare_report.verdict(*intervals) == words
 
 
-def made_up(arm, seed, predictions, labels="11110000", controls=()):
+def made_up(arm, seed, predictions, labels="11110000", controls=(), **more):
     """A final line; its test accuracy follows from the predictions."""
     hits = sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
     return {
@@ -204,6 +203,7 @@ def made_up(arm, seed, predictions, labels="11110000", controls=()):
         "trainable": {"adapters": 18432, "head": 770},
         "test": {"accuracy": hits},
         "predictions": predictions,
+        **more,
     }
 
 
@@ -211,16 +211,18 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     lines = [
         {"phase": "labels", "task": "mrpc", "labels": "11110000"},
         made_up("a", 1, "11110011"),  # 6 of 8
-        made_up("b", 1, "11110000", controls=["a"]),  # 8 of 8
+        made_up("b", 1, "11110000", controls=["a"], stored=61440),  # 8 of 8
         made_up("a", 2, "11110111"),  # 5 of 8
-        made_up("b", 2, "11110001", controls=["a"]),  # 7 of 8
-        made_up("b", 3, "00001111", controls=["a"]),  # a has no seed 3: not in the difference
+        made_up("b", 2, "11110001", controls=["a"], stored=18432),  # 7 of 8
+        # a has no seed 3: not in the difference
+        made_up("b", 3, "00001111", controls=["a"], stored=30720),
     ]
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     command = [sys.executable, str(ROOT / "tools" / "compare.py"), "report", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "| a | 18,432 | 0.001 | 2 | 71.5 ± 0.7 | 68.8 ± 8.8 |" in done.stdout
+    assert "| a | 18,432 | – | 0.001 | 2 | 71.5 ± 0.7 | 68.8 ± 8.8 |" in done.stdout
+    assert "| b | 18,432 | 18,432 … 61,440 | 0.001 | 3 | " in done.stdout
     assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
     assert "not decided |" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
     assert (tmp_path / "r.png").stat().st_size > 5000

@@ -11,10 +11,10 @@ import allocate
 import lora
 import tiny
 import train
-from faults import same
 from support import checkpoint, run_folder
 from support.flags import PRESETS, parse_flags
 from test_train import whole_and_interrupted
+from tools.faults import same
 
 
 @pytest.fixture
@@ -25,12 +25,13 @@ def flags(tmp_path):
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.01"
     )
-    return [*text.split(), "--log-every", "1", "--device", "cpu", "--every", "0.4"]
+    more = "--log-every 1 --device cpu --schedule constant --warmup 0 --every 0.4 --keep 0.25"
+    return [*text.split(), *more.split()]
 
 
 def static(flags):
-    """The flags of the fixture for a choice that is made once."""
-    return [*(f for f in flags if f not in ("--every", "0.4")), "--allocate", "static"]
+    """The flags of the fixture for a choice that is made once, under a budget of its own."""
+    return [*flags[:-4], "--allocate", "static"]
 
 
 def history(folder):
@@ -67,7 +68,8 @@ def test_static_run_decides_once(flags, tmp_path):
 def test_choices_are_those_of_the_scores(flags, tmp_path):
     """What is on is what keep_top makes of the recorded scores, and nothing else trained."""
     out = tmp_path / "run"
-    train.main([*static(flags), "--ranking", "apart", "--out", str(out)])
+    more = ["--keep", "0.25", "--ranking", "apart"]
+    train.main([*static(flags), *more, "--out", str(out)])
     (decision,) = history(out)
     assert on_set(decision) == allocate.keep_top(decision["scores"], 0.25, together=False)
     parameters = checkpoint.read_last(out)[0]["parameters"]
@@ -222,16 +224,17 @@ def test_kept_ranks_compute_what_they_did():
 
 
 def test_presets_are_the_released_settings():
-    args = parse_flags(["--preset", "heterolora"])
+    args = parse_flags(["--preset", "heterolora-released"])
     expected = dict(r=8, lora_alpha=16, shortcut_alpha=4, keep=0.25, every=0.2, score_batches=32)
     expected |= dict(proxy="grad_norm", allocate="dynamic", shortcuts="all", weight_decay=0.01)
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.targets == ["q_proj", "v_proj"] and args.schedule == "constant"
-    uniform = parse_flags(["--preset", "uniform-r2", "--epochs", "3"])
+    uniform = parse_flags(["--preset", "uniform-r2-released", "--epochs", "3"])
     assert (uniform.r, uniform.allocate, uniform.epochs, uniform.shortcuts) == (2, "none", 3, "all")
     differ = {k for k, v in vars(uniform).items() if v != getattr(args, k)}
-    assert differ <= {"r", "allocate", "preset", "epochs", "every", "score_batches"}
-    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2", "delta-lora"}
+    assert differ <= {"r", "allocate", "preset", "epochs", "every", "score_batches", "keep"}
+    released = {"heterolora-released", "uniform-r2-released", "delta-lora-released"}
+    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2", "delta-lora"} | released
 
 
 def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys, monkeypatch):
@@ -257,11 +260,11 @@ def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys
         ("--keep 1.5", "'1.5' is not a number from 0 to 1"),
         ("--budget-params 10", "less than the smallest module needs: 48"),
         ("--budget-params 0", "'0' is not an integer from 1"),
-        ("--per-rank yes", "--per-rank yes needs --allocate static"),
-        (
-            "--per-rank yes --allocate static --budget-params 99 --proxy constant",
-            "needs .* --proxy",
-        ),
+        ("--per-rank yes", "--per-rank yes needs --budget-params N"),
+        ("--per-rank yes --budget-params 99 --proxy constant", "a --proxy out of grad_norm, snip"),
+        ("--per-rank yes --budget-params 263", "less than one rank in each of 11 modules needs"),
+        ("--when-off frozen --allocate static", "--when-off frozen needs --allocate dynamic"),
+        ("--when-off in", "'in' is not one of out, frozen"),
         ("--rank apart", "--rank is now --ranking"),
         ("--proxy grad-norm", "did you mean 'grad_norm'"),
         ("--targets none --shortcuts none", "--r needs --targets or --shortcuts"),
@@ -272,7 +275,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
     import re
 
     monkeypatch.chdir(tmp_path)
-    flags = [f for f in flags if f not in ("--every", "0.4")]
+    flags = flags[:-4]  # without --every and --keep
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*flags, *extra.split()]) == 2
     error = capsys.readouterr().err
@@ -284,7 +287,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
 def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     import matplotlib.pyplot as plt
 
-    import plot
+    from tools import plot
 
     out = tmp_path / "run"
     train.main([*(static(flags) if mode == "static" else flags), "--out", str(out)])
@@ -292,4 +295,4 @@ def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     picture = plt.imread(out / "allocation.png")
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert plot.main([str(tmp_path)]) == 2
-    assert "has no allocation.json" in capsys.readouterr().err
+    assert "is no run folder" in capsys.readouterr().err

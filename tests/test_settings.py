@@ -17,7 +17,7 @@ from support import flags, run_folder
 from support.flags import FLAGS, parse_flags
 from support.settings import effects
 
-ONE_EPOCH = "--epochs 1 --batch-size 5"
+ONE_EPOCH = "--epochs 1 --batch-size 5 --lr 0.01 --schedule constant --warmup 0"
 STATIC = "--allocate static --score-batches 1"
 DELTA = "--preset lora --delta-ratio 0.5 --delta-start -1"
 # Of every flag: another value, and the run beside whose own value it is held.
@@ -34,10 +34,11 @@ OTHER = {
     "lora-dropout": ("--lora-dropout 0.5", ""),
     "allocate": ("--allocate none", ""),
     "proxy": ("--proxy size", ""),
-    "keep": ("--keep 0.5", ""),
+    "keep": ("--keep 0.25", ""),
     "budget-params": ("--budget-params 300", ""),
     "per-rank": ("--per-rank yes", "--allocate static --budget-params 300"),
-    "every": ("--every 0.5", ""),
+    "when-off": ("--when-off frozen", "--every 0.2 --keep 0.25"),
+    "every": ("--every 0.4", ""),
     "score-batches": ("--score-batches 2", STATIC),
     "ranking": ("--ranking apart", "--targets fc1 --proxy size --keep 0.5"),
     "delta-ratio": ("--delta-ratio 2", DELTA),
@@ -72,7 +73,9 @@ IDLE = [
     ("--keep 0.5", "--budget-params 100", "two budgets"),
     ("--budget-params 99", "--allocate none", "--budget-params needs --allocate"),
     ("--per-rank no", "--allocate none", "--per-rank needs --allocate"),
-    ("--per-rank yes", "--budget-params 99", "--per-rank yes needs --allocate static"),
+    ("--per-rank yes", "--keep 0.5", "--per-rank yes needs --budget-params"),
+    ("--when-off frozen", "--allocate static", "--when-off frozen needs --allocate dynamic"),
+    ("--when-off frozen", "--allocate none", "--when-off needs --allocate"),
     ("--score-batches 2", "--allocate none", "--score-batches needs --allocate"),
     ("--score-batches 2", "--proxy random", "--score-batches needs a --proxy that reads"),
     ("--score-batches 2", "--proxy size", "--score-batches needs a --proxy that reads"),
@@ -113,8 +116,8 @@ def base_of(folders):
 
 
 def run(folders, out, text):
-    """(exit code, what a run leaves: weights, log without seconds, and what it printed)."""
-    words = f"{ONE_EPOCH} --lr 0.01 --log-every 1 --device cpu --task mrpc".split()
+    """(exit code, what a run leaves: weights, log without seconds, decisions, where)."""
+    words = f"{ONE_EPOCH} --log-every 1 --device cpu --task mrpc".split()
     words += ["--model", str(folders / "model"), "--data-dir", str(folders / "task")]
     words += ["--out", str(out), *text.split()]
     names = {"OTHER": "other", "OTHER_MODEL": "other_model", "ELSEWHERE": out.name + "-elsewhere"}
@@ -125,7 +128,9 @@ def run(folders, out, text):
         return code, None
     adapter = (out / "adapter.safetensors").read_bytes()
     log = [{k: v for k, v in e.items() if "seconds" not in k} for e in run_folder.read_log(out)]
-    return code, (adapter, log, str(out) if "elsewhere" in str(out) else "")
+    path = out / "allocation.json"
+    history = json.loads(path.read_text())["history"] if path.is_file() else []
+    return code, (adapter, log, history, "elsewhere" in str(out))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -157,7 +162,7 @@ def test_what_would_do_nothing_is_refused(tmp_path, capsys, idle, base, message)
 
 def notes(text, examples=30, parameters=1000):
     """What is said of a run of 30 examples: 6 batches of 5 an epoch, 2 epochs, 12 steps."""
-    args = parse_flags(f"--epochs 2 --batch-size 5 --log-every 1 {text}".split())
+    args = parse_flags(f"--epochs 2 --batch-size 5 --log-every 1 --warmup 0 {text}".split())
     plan = None
     if args.allocate != "none":
         model = tiny.model("bert", dtype=torch.float32)
@@ -188,7 +193,11 @@ LORA = "--preset lora"
         ("--r 2 --score-batches 7", "--r 2 --score-batches 6", "35 examples: .* has 30, all"),
         ("--r 2 --keep 1", "--r 2 --keep 0.9", "all 17 modules are on, grad_norm chooses"),
         ("--r 2 --budget-params 816", "--r 2 --budget-params 815", "all 17 modules are on"),
-        ("--r 2 --epochs 1", "--r 2 --epochs 2", "one decision, dynamic is static here"),
+        (
+            "--r 2 --epochs 1 --every 1",
+            "--r 2 --epochs 2 --every 1",
+            "one decision, dynamic is static here",
+        ),
         ("--r 2 --every 0.1", "--r 2 --every 0.2", "before each of 6 steps an epoch"),
         (
             f"{LORA} --delta-ratio 101 --delta-start 1",
@@ -211,7 +220,7 @@ def test_delta_lora_that_never_moves_a_weight_is_refused(folders, tmp_path, caps
         ValueError, match="after step 13 of 12, and it would be plain LoRA; give 10"
     ):
         notes(f"{LORA} --delta-ratio 1 --delta-start 11")
-    assert run(folders, tmp_path / "run", "--preset delta-lora --epochs 1")[0] == 2
+    assert run(folders, tmp_path / "run", "--preset delta-lora-released --epochs 1")[0] == 2
     error = capsys.readouterr().err
     assert "--delta-start 500 is beyond this run" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -222,7 +231,7 @@ def test_delta_lora_that_never_moves_a_weight_is_refused(folders, tmp_path, caps
 def test_the_edge_of_delta_start_is_that_of_the_weights(folders, tmp_path):
     """The largest K that is let in does move the weights, in the last step alone."""
     words = "--preset lora --delta-ratio 1 --delta-start 3 --log-every 1"
-    code, (_, log, _) = run(folders, tmp_path / "run", words)
+    code, (_, log, _, _) = run(folders, tmp_path / "run", words)
     moved = [max(e["weight_change"].values()) for e in log if e["event"] == "train"]
     assert code == 0 and moved[:4] == [0.0] * 4 and moved[4] > 0
 

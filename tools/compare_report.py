@@ -144,6 +144,17 @@ def interval(low, high):
     return f"{low:+.1f} … {high:+.1f}" if math.isfinite(low) else "–"
 
 
+def stored(found):
+    """Adapter parameters that an arm's runs {seed: line} keep: one number, or least … most.
+
+    A line of a run that did not count them has none: –.
+    """
+    counts = [line.get("stored") for line in found.values()]
+    if None in counts:
+        return "–"
+    return " … ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
 def compared(arm, control, labels):
     """Paired differences of two arms' finals {seed: line}, on the seeds that both have.
 
@@ -165,13 +176,15 @@ def report(lines):
     result = []
     for space in dict.fromkeys(first(found)["space"] for found in arms.values()):
         here = {name: found for name, found in arms.items() if first(found)["space"] == space}
-        result += [f"### {space}", "", "| arm | trainable | lr | seeds | dev | test |"]
-        result += ["|---|---|---|---|---|---|"]
+        result += [f"### {space}", ""]
+        result += ["| arm | trainable at once | stored | lr | seeds | dev | test |"]
+        result += ["|---|---|---|---|---|---|---|"]
         for name, found in here.items():
             dev = spread([line["dev"][-1]["accuracy"] for line in found.values()])
             test = spread([line["test"]["accuracy"] for line in found.values()])
             count, lr = first(found)["trainable"]["adapters"], first(found)["lr"]
-            result += [f"| {name} | {count:,} | {lr:g} | {len(found)} | {dev} | {test} |"]
+            kept = stored(found)
+            result += [f"| {name} | {count:,} | {kept} | {lr:g} | {len(found)} | {dev} | {test} |"]
         rows = []
         for name, found in here.items():
             for control in first(found)["controls"]:
