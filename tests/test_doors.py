@@ -18,7 +18,6 @@ import tiny
 import train
 from delta_lora import DeltaLoRA
 from model import load_pretrained
-from relatives import single_ranks
 from support import checkpoint, glue, run_folder
 from support.flags import parse_flags
 from support.form import Maybe, count, misfit
@@ -377,10 +376,9 @@ def test_control_characters_of_a_file_reach_no_terminal(tmp_path, capsys):
 # ----------------------------------------------------------------------------- Python entry points
 
 
-def scores_of(change_model=lambda m: m, change_batches=lambda b: b, score=None):
-    model = change_model(tiny.adapted("bert"))
-    batches = change_batches([tiny.batch(tiny.config("bert")), tiny.batch(tiny.config("bert"), 1)])
-    return (score or proxies.score)("grad_norm", model, batches)
+def scores_of(change):
+    batches = [tiny.batch(tiny.config("bert")), tiny.batch(tiny.config("bert"), 1)]
+    return proxies.score("grad_norm", tiny.adapted("bert"), change(batches))
 
 
 def without(name):
@@ -396,7 +394,6 @@ def with_value(name, value):
     return change
 
 
-@pytest.mark.parametrize("score", [proxies.score, single_ranks.score_ranks])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -413,15 +410,15 @@ def with_value(name, value):
         (lambda b: [{k: v.to("meta") for k, v in b[0].items()}], "batch 0 is on meta, the model"),
     ],
 )
-def test_batches_without_a_score(score, change, message):
+def test_batches_without_a_score(change, message):
     with pytest.raises(ValueError, match=message):
-        scores_of(change_batches=change, score=score)
+        scores_of(change)
 
 
 def test_batches_at_the_edge_of_what_is_allowed():
     """The largest id and label are let in; a causal model's labels may be -100."""
-    assert scores_of(change_batches=with_value("labels", 2))
-    assert scores_of(change_batches=with_value("input_ids", 89))
+    assert scores_of(with_value("labels", 2))
+    assert scores_of(with_value("input_ids", 89))
     model = tiny.adapted("gpt2", head="lm")
     assert proxies.score("grad_norm", model, [tiny.batch(model.config)])
     model = tiny.adapted("bert", num_labels=1)

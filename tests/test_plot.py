@@ -41,7 +41,7 @@ def made_up_run(folder, flags=FLAGS):
     on = {name: layer.enabled for name, layer in layers.items()}
     parameters = {name: p.detach() for name, p in lora.trainable(model).items()}
     state = {"parameters": parameters, "on": on, "delta": delta.state()}
-    checkpoint.write(folder, state)
+    checkpoint.write(folder, {**tiny.checkpoint_state(), **state})
     lora.save_adapter(model, folder, delta.export())
     return {name: (a.base.weight - before[name]).detach() for name, a in layers.items()}
 
