@@ -29,6 +29,7 @@ import types
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -123,6 +124,8 @@ def run(argv, fault="", phase="", moment=0, folder=""):
             code = 70
             try:
                 sys.stdout, sys.stderr = out, err
+                # tqdm's own lock is shared by all forked processes: killed with it, none goes on
+                tqdm.set_lock(threading.RLock())
                 code = child(argv, fault, phase, moment, str(folder))
             except BaseException:
                 traceback.print_exc()
