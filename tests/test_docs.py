@@ -56,6 +56,11 @@ SUFFIXES = r"py|md|toml|png|txt|tsv|jsonl"
 # ------------------------------------------------------------------------------------------- reading
 
 
+def none(wrong):
+    """Fails with all that is wrong, a line each."""
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
 def relative(path):
     return path.relative_to(ROOT).as_posix()
 
@@ -124,24 +129,21 @@ def lines_of_code(path):
 @functools.cache
 def page(path):
     """(prose, blocks) of a Markdown page: its text without code blocks, [(language, lines)]."""
-    prose, blocks, fence = [], [], None
-    lines = path.read_text().splitlines()
-    for i, line in enumerate(lines):
+    prose, blocks, fence, before, indented = [], [], False, "", False
+    for line in path.read_text().splitlines():
+        starts = line.startswith("    ") and not before.strip()  # else: an item of a list goes on
+        indented = not fence and line.startswith("    ") and (indented or starts)
         if line.lstrip().startswith("```"):
-            fence = None if fence is not None else (line.strip("` "), [])
+            fence = not fence
             if fence:
-                blocks.append(fence)
-        elif fence is not None:
-            fence[1].append(line)
-        elif line.startswith("    ") and not re.match(r" +([-*]|\d+\.) ", line):
-            if i and lines[i - 1].startswith("    ") and blocks:
-                blocks[-1][1].append(line[4:])
-            elif i and not lines[i - 1].strip():
-                blocks.append(("", [line[4:]]))
-            else:
-                prose.append(line)  # goes on after an item of a list
+                blocks.append((line.strip("` "), []))
+        elif fence or indented:
+            if indented and starts:
+                blocks.append(("", []))
+            blocks[-1][1].append(line[4:] if indented else line)
         else:
             prose.append(line)
+        before = line
     return "\n".join(prose), blocks
 
 
@@ -183,7 +185,7 @@ def test_every_file_that_is_named_exists():
     for where, text in texts():
         text = re.sub(r"https?://\S+", "", text)
         wrong += [f"{where}: {name}" for name in missing_files(text, Path(where).parent)]
-    assert not wrong
+    none(wrong)
 
 
 def test_every_function_that_follows_a_file_exists():
@@ -197,7 +199,7 @@ def test_every_function_that_follows_a_file_exists():
                 if not name.endswith(".py") and file not in FOREIGN_FILES:
                     if not any(defines(p, name) for p in found):
                         wrong.append(f"{relative(path)}: {file} has no {name}")
-    assert not wrong
+    none(wrong)
 
 
 def modules():
@@ -213,12 +215,12 @@ def test_every_name_in_a_module_exists():
         blocks = [line for _, lines in page(path)[1] for line in lines] if path in PAGES else []
         sources = [*spans(path), *blocks] if path in PAGES else [head(path)]
         for text in sources:
-            for module, name in re.findall(r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]\w*)\b", text):
+            for module, name in re.findall(r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]\w*)\b(?!\.pt)", text):
                 if module not in known or re.fullmatch(rf"{SUFFIXES}|json|pt|safetensors", name):
                     continue
                 if not (defines(known[module], name) or hasattr(torch.nn.Module, name)):
                     wrong.append(f"{relative(path)}: {module}.{name}")
-    assert not wrong
+    none(wrong)
 
 
 def test_every_call_in_prose_exists():
@@ -230,7 +232,7 @@ def test_every_call_in_prose_exists():
                 torchs = any(hasattr(t, name) for t in (torch, torch.nn.Module, torch.Tensor))
                 if not torchs and not any(defines(p, name) for p in CODE):
                     wrong.append(f"{relative(path)}: {span}")
-    assert not wrong
+    none(wrong)
 
 
 def test_every_test_that_is_named_exists():
@@ -242,7 +244,7 @@ def test_every_test_that_is_named_exists():
         for name in re.findall(r"(?<![:\w/])(test_\w+)\b(?!\.py|\w)", text):
             if not any(defines(p, name) or p.stem == name for p in CODE):
                 wrong.append(f"{where}: {name}")
-    assert not wrong
+    none(wrong)
 
 
 # ------------------------------------------------------------------------------------ command lines
@@ -305,7 +307,7 @@ def test_every_flag_that_is_named_exists():
         for flag in re.findall(r"(?<![\w|-])--[a-z][\w-]*", re.sub(r"\]\([^)]*\)", "", text)):
             if flag not in known:
                 wrong.append(f"{where}: {flag}")
-    assert not wrong
+    none(wrong)
 
 
 def commands(lines):
@@ -359,15 +361,15 @@ def run(tmp_path_factory):
 def refusal(words, run):
     """Why a command cannot be run as it stands; None: nothing is wrong, or it is not ours."""
     program, *rest = words
+    program = Path(program).name
+    for option, file in zip(rest, rest[1:], strict=False):
+        if option in ("-r", "--with-requirements") and not (ROOT / file).is_file():
+            return f"no {file}"
     if program in ("uv", "torchrun"):
         starts = [i for i, w in enumerate(rest) if w in ("python", "pytest", "train.py")]
         if not starts:
             return None if program == "uv" else "no program"
         return refusal(["python"] * (rest[starts[0]] == "train.py") + rest[starts[0] :], run)
-    program = Path(program).name
-    for option, file in zip(rest, rest[1:], strict=False):
-        if option in ("-r", "--with-requirements") and not (ROOT / file).is_file():
-            return f"no {file}"
     if program == "pytest":
         files = [w.split("::")[0] for w in rest if "/" in w or w.endswith(".py")]
         return next((f"no {f}" for f in files if not (ROOT / f).exists()), None)
@@ -414,7 +416,7 @@ def test_every_command_parses(run, capsys):
         if (reason := refusal(words, run))
     ]
     capsys.readouterr()
-    assert not wrong
+    none(wrong)
 
 
 def test_commands_are_found_and_refused_where_they_are_wrong(run, capsys):
@@ -465,7 +467,7 @@ def test_links_and_pictures_lead_somewhere():
                 wrong.append(f"{relative(path)}: {target}")
             elif anchor and place.suffix == ".md" and anchor not in anchors(place):
                 wrong.append(f"{relative(path)}: no heading {target}")
-    assert not wrong
+    none(wrong)
 
 
 def test_every_page_and_picture_can_be_reached_from_the_readme():
@@ -500,7 +502,7 @@ def counted():
     mutants = next(
         node.value
         for node in tree(ROOT / "tests" / "mutants.py").body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "MUTANTS"
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MUTANTS"
     )
     proxies = next(
         node.value
@@ -522,7 +524,7 @@ def test_numbers_that_can_be_counted():
             for said in re.findall(rf"\b(\d[\d,]*) {words}\b", " ".join(text.split())):
                 if int(said.replace(",", "")) != number:
                     wrong.append(f"{where}: {said} {words}, there are {number}")
-    assert not wrong
+    none(wrong)
 
 
 def test_versions_are_those_of_the_requirements():
@@ -537,9 +539,10 @@ def test_versions_are_those_of_the_requirements():
     for where, text in texts():
         pattern = rf"\b({'|'.join(pins)})(?:==| )(\d+\.\d+(?:\.\d+)*)"
         for package, version in re.findall(pattern, text, re.I):
-            if version != pins[package.lower()]:
-                wrong.append(f"{where}: {package} {version}, required is {pins[package.lower()]}")
-    assert not wrong
+            pin = pins[package.lower()]
+            if pin != version and not pin.startswith(version + "."):
+                wrong.append(f"{where}: {package} {version}, required is {pin}")
+    none(wrong)
 
 
 # ------------------------------------------------------------------------------------ size and shape
@@ -553,7 +556,7 @@ def test_size_guides():
     too_long = {n: size for n, size in root.items() if size > GUIDES.get(n, GUIDE)}
     relatives = {p.name: len(lines_of_code(p)) for p in (ROOT / "relatives").glob("*.py")}
     too_long |= {n: size for n, size in relatives.items() if size > RELATIVE}
-    assert not too_long
+    none([f"{name} has {size} lines of code" for name, size in too_long.items()])
     assert sum(root.values()) <= TOGETHER
 
 
@@ -566,7 +569,7 @@ def test_no_function_is_longer_than_a_screen():
                 size = len(code & set(range(node.lineno, node.end_lineno + 1)))
                 if size > FUNCTION:
                     wrong.append(f"{relative(path)}: {node.name} has {size} lines")
-    assert not wrong
+    none(wrong)
 
 
 def docstrings(path):
@@ -589,7 +592,8 @@ def broken(text):
         here, there = line.strip(), after.strip()
         if not here or not there:
             continue
-        if " | " in here and "|" not in there and not after.startswith(" " * 8):
+        table = i and "|" in line and lines[i - 1].find("|") == line.find("|")
+        if table and "|" not in there:
             yield i
         prose = not any(re.search(r" {2,}|\||->|=|[∑Σ]", part) for part in (here, there))
         fits = len(line) + 1 + len(there.split()[0]) <= 70
@@ -603,12 +607,12 @@ def test_no_docstring_is_broken_in_mid_phrase():
     for path in CODE:
         for number, text in docstrings(path):
             wrong += [f"{relative(path)}:{number + i}" for i in broken(text)]
-    assert not wrong
+    none(wrong)
 
 
 def test_a_broken_docstring_is_seen():
-    table = "Summary.\n\n    x  | (b, t, d)  the stream\n    hidden_size\n"
-    assert list(broken(table)) == [2]
+    table = "Summary.\n\n    name  | shape\n    x     | (b, t, d)  the stream, d =\n    hidden_size\n"
+    assert list(broken(table)) == [3]
     prose = "Summary.\n\nSome words that were cut off here\nlike this by a tool.\n"
     assert list(broken(prose)) == [2]
     assert not list(broken("Summary.\n\n" + "whole " * 14 + "sentence that\ngoes on below.\n"))
@@ -622,7 +626,7 @@ def test_every_file_has_a_head():
         whole = first.rstrip().endswith((".", ")")) or re.search(r": \S|[.?]", first)
         if path.read_text().strip() and not (whole and (not rest or not rest[0].strip())):
             wrong.append(f"{relative(path)}: {first}")
-    assert not wrong
+    none(wrong)
 
 
 # ----------------------------------------------------------------------------- equations, deviations
@@ -659,5 +663,5 @@ def test_deviations_are_numbered_and_say_where_and_what_notices():
     items = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^## |\Z)", text, re.M | re.S)
     assert [int(number) for number, _ in items] == list(range(1, len(items) + 1))
     for number, item in items:
-        assert re.search(r"`[\w/]+\.py` `[\w.]+`", item), f"{number} names no line"
+        assert re.search(r"`[\w/]+\.py`\s+`[\w.]+`", item), f"{number} names no line"
         assert re.search(r"`\w+\.py::\w+`", item), f"{number} names no test"
