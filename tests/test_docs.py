@@ -16,9 +16,11 @@ What this file does not do: look at web addresses, judge prose, run the examples
 
 import argparse
 import ast
+import builtins
 import functools
 import importlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -39,12 +41,18 @@ GUIDES = {"model.py": 330}  # lines of code; of every other file in the root:
 GUIDE, TOGETHER, RELATIVE, FUNCTION = 250, 1400, 60, 50
 README_LINES, COLUMNS = 150, 100
 PAGES_PROMISED = (
-    "equations deviations delta-lora results performance reliability oracle peft cuda extending "
-    "exercises"
-).split()
+    *("equations", "deviations", "delta-lora", "results", "performance", "reliability", "oracle"),
+    *("peft", "cuda", "extending", "exercises"),
+)
 
 # What is named and is not ours.
-FOREIGN_FILES = {"mine.py", "dyrealloc_callback.py", "realloc_lora_rank.py", "snip.py", "synflow.py"}
+FOREIGN_FILES = {
+    "mine.py",
+    "dyrealloc_callback.py",
+    "realloc_lora_rank.py",
+    "snip.py",
+    "synflow.py",
+}
 FOREIGN_FLAGS = {
     "--nproc-per-node", "--nnodes", "--standalone", "--rdzv-endpoint",  # torchrun
     "--python", "--with-requirements", "--with", "--no-project",  # uv
@@ -53,7 +61,7 @@ FOREIGN_FLAGS = {
 SUFFIXES = r"py|md|toml|png|txt|tsv|jsonl"
 
 
-# ------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def none(wrong):
@@ -102,15 +110,16 @@ def defines(path, name):
     return any(n == name or n.endswith("." + name) for n in names(path))
 
 
+@functools.cache
 def files_called(name):
     """All files of ours with this name, or with this end of a path."""
     if name.startswith("/") or ".." in name:
         return []
-    return [p for p in CODE if p.name == name or relative(p).endswith("/" + name)] or (
-        [ROOT / name] if (ROOT / name).is_file() else []
-    )
+    found = [p for p in CODE if f"/{relative(p)}".endswith("/" + name)]
+    return found or [ROOT / name] * (ROOT / name).is_file()
 
 
+@functools.cache
 def lines_of_code(path):
     """The numbers of the lines that hold code: no docstring, no comment, not blank."""
     docstrings, lines = set(), set()
@@ -160,7 +169,7 @@ def texts():
         yield relative(path), head(path)
 
 
-# --------------------------------------------------------------------------- files, functions, tests
+# -------------------------------------------------------------------------- files, functions, tests
 
 
 def placeholder(name):
@@ -175,9 +184,9 @@ def missing_files(text, here):
         if placeholder(name) or name in FOREIGN_FILES or Path(name).name in FOREIGN_FILES or local:
             continue  # a bare train.tsv, metrics.jsonl, adapter.png is a run's or a user's
         outside = name.startswith(("runs/", "/", "~", ".venv/", "http"))
-        if not outside and not files_called(name) and not (ROOT / here / name).exists():
-            if not (ROOT / name).exists() and not any(p.name == name for p in PAGES):
-                yield name
+        found = [p for p in PAGES if p.name == name] or files_called(name)
+        if not (outside or found or (ROOT / here / name).exists() or (ROOT / name).exists()):
+            yield name
 
 
 def test_every_file_that_is_named_exists():
@@ -196,9 +205,9 @@ def test_every_function_that_follows_a_file_exists():
         for file, rest in re.findall(pattern, page(path)[0]):
             for name in re.findall(r"`([\w.]+)", rest):
                 found = files_called(file)
-                if not name.endswith(".py") and file not in FOREIGN_FILES:
-                    if not any(defines(p, name) for p in found):
-                        wrong.append(f"{relative(path)}: {file} has no {name}")
+                known = name.endswith(".py") or any(defines(p, name) for p in found)
+                if not known and file not in FOREIGN_FILES:
+                    wrong.append(f"{relative(path)}: {file} has no {name}")
     none(wrong)
 
 
@@ -215,7 +224,9 @@ def test_every_name_in_a_module_exists():
         blocks = [line for _, lines in page(path)[1] for line in lines] if path in PAGES else []
         sources = [*spans(path), *blocks] if path in PAGES else [head(path)]
         for text in sources:
-            for module, name in re.findall(r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]\w*)\b(?!\.pt)", text):
+            for module, name in re.findall(
+                r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]\w*)\b(?!\.pt)", text
+            ):
                 if module not in known or re.fullmatch(rf"{SUFFIXES}|json|pt|safetensors", name):
                     continue
                 if not (defines(known[module], name) or hasattr(torch.nn.Module, name)):
@@ -224,12 +235,14 @@ def test_every_name_in_a_module_exists():
 
 
 def test_every_call_in_prose_exists():
-    """`back_to_pretrained()` in a page: some file of ours defines it (or torch's Module, Tensor)."""
+    """`back_to_pretrained()` in a page: some file of ours defines it, or torch, or Python."""
     wrong = []
     for path in PAGES:
         for span in spans(path):
             for name in re.findall(r"^(?:\w+\.)*([a-z_]\w*)\(", span):
-                torchs = any(hasattr(t, name) for t in (torch, torch.nn.Module, torch.Tensor))
+                torchs = any(
+                    hasattr(t, name) for t in (builtins, torch, torch.nn.Module, torch.Tensor)
+                )
                 if not torchs and not any(defines(p, name) for p in CODE):
                     wrong.append(f"{relative(path)}: {span}")
     none(wrong)
@@ -284,9 +297,13 @@ def options(parser):
 
 
 def programs():
-    """Module names of the programs in tools/."""
-    paths = [p for p in CODE if p.is_relative_to(ROOT / "tools") and "main" in names(p)]
-    return [relative(p).removesuffix(".py").replace("/", ".") for p in paths]
+    """Module names of the programs in tools/: what has a main(argv)."""
+    found = []
+    for path in CODE:
+        for node in tree(path).body if path.is_relative_to(ROOT / "tools") else ():
+            if getattr(node, "name", "") == "main" and [a.arg for a in node.args.args] == ["argv"]:
+                found.append(relative(path).removesuffix(".py").replace("/", "."))
+    return found
 
 
 def of_tests():
@@ -362,7 +379,7 @@ def refusal(words, run):
     """Why a command cannot be run as it stands; None: nothing is wrong, or it is not ours."""
     program, *rest = words
     program = Path(program).name
-    for option, file in zip(rest, rest[1:], strict=False):
+    for option, file in itertools.pairwise(rest):
         if option in ("-r", "--with-requirements") and not (ROOT / file).is_file():
             return f"no {file}"
     if program in ("uv", "torchrun"):
@@ -423,18 +440,23 @@ def test_commands_are_found_and_refused_where_they_are_wrong(run, capsys):
     """The checks above can fail: a wrong flag, value, file, module, missing command."""
     found = commands(["A=1 python train.py --r 8 \\", "  --lr 1 && pytest -q  # fast", "epoch 1:"])
     assert list(found) == [
-        "python train.py --r 8 --lr 1".split(),
+        ["python", "train.py", "--r", "8", "--lr", "1"],
         ["pytest", "-q"],
         ["epoch", "1:"],
     ]
     for command in (
-        "python train.py --rr 8", "python train.py --lr x", "python trainer.py", "pytest tests/no.py",
-        "python -m tools.nothing", "python tools/faults.py --kills x", "python -m tools.peft export",
-        "torchrun --nproc-per-node 2 train.py --preset no", "pip install -r nothing.txt",
-        "python -m tools.bench bake", "uv run --with-requirements no.txt train.py",
+        "python train.py --rr 8", "python train.py --lr x", "python trainer.py",
+        "pytest tests/no.py", "python -m tools.nothing", "python tools/faults.py --kills x",
+        "python -m tools.peft export", "pip install -r nothing.txt", "python -m tools.bench bake",
+        "torchrun --nproc-per-node 2 train.py --preset no",
+        "uv run --with-requirements no.txt train.py",
     ):  # fmt: skip
         assert refusal(command.split(), run), command
-    for command in ("python train.py --resume RUN --eval-only", "torchrun train.py --r 2", "uv sync"):
+    for command in (
+        "python train.py --resume RUN --eval-only",
+        "torchrun train.py --r 2",
+        "uv sync",
+    ):
         assert refusal(command.split(), run) is None, command
     capsys.readouterr()
 
@@ -446,13 +468,16 @@ def test_python_in_the_pages_is_python():
                 compile("\n".join(lines), relative(path), "exec")
 
 
-# -------------------------------------------------------------------------------- links and pictures
+# ------------------------------------------------------------------------------- links and pictures
 
 
 def anchors(path):
     """What GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", page(path)[0], re.M)
-    return {re.sub(r"[^\w\- ]", "", t.replace("`", "")).strip().lower().replace(" ", "-") for t in titles}
+    return {
+        re.sub(r"[^\w\- ]", "", t.replace("`", "")).strip().lower().replace(" ", "-")
+        for t in titles
+    }
 
 
 def test_links_and_pictures_lead_somewhere():
@@ -545,7 +570,7 @@ def test_versions_are_those_of_the_requirements():
     none(wrong)
 
 
-# ------------------------------------------------------------------------------------ size and shape
+# ----------------------------------------------------------------------------------- size and shape
 
 
 def test_size_guides():
@@ -588,17 +613,23 @@ def broken(text):
     row of an aligned table that goes on below its table.
     """
     lines = text.splitlines()
-    for i, (line, after) in enumerate(zip(lines, lines[1:], strict=False)):
+    for i, (line, after) in enumerate(itertools.pairwise(lines)):
         here, there = line.strip(), after.strip()
         if not here or not there:
             continue
         table = i and "|" in line and lines[i - 1].find("|") == line.find("|")
-        if table and "|" not in there:
+        if table and "|" not in there and after.find(there) < line.rfind("|"):
             yield i
         prose = not any(re.search(r" {2,}|\||->|=|[∑Σ]", part) for part in (here, there))
         fits = len(line) + 1 + len(there.split()[0]) <= 70
         same = i == 0 or len(line) - len(line.lstrip()) == len(after) - len(after.lstrip())
-        if prose and fits and same and re.match(r"[a-z(]", there) and not re.search(r"[.:;,]$", here):
+        if (
+            prose
+            and fits
+            and same
+            and re.match(r"[a-z(]", there)
+            and not re.search(r"[.:;,]$", here)
+        ):
             yield i
 
 
@@ -611,7 +642,9 @@ def test_no_docstring_is_broken_in_mid_phrase():
 
 
 def test_a_broken_docstring_is_seen():
-    table = "Summary.\n\n    name  | shape\n    x     | (b, t, d)  the stream, d =\n    hidden_size\n"
+    table = (
+        "Summary.\n\n    name  | shape\n    x     | (b, t, d)  the stream, d =\n    hidden_size\n"
+    )
     assert list(broken(table)) == [3]
     prose = "Summary.\n\nSome words that were cut off here\nlike this by a tool.\n"
     assert list(broken(prose)) == [2]
@@ -629,7 +662,7 @@ def test_every_file_has_a_head():
     none(wrong)
 
 
-# ----------------------------------------------------------------------------- equations, deviations
+# ---------------------------------------------------------------------------- equations, deviations
 
 
 def rows(path):

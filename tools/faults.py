@@ -3,10 +3,10 @@
     python tools/faults.py            20 SIGKILLs for each method, and every other fault; a table
 
 A reference run counts the Python calls in each phase: training, scoring, evaluation, checkpoint,
-result. Each fault happens at a random call of a phase, in a
-real process: SIGKILL, SIGTERM, a disk that is full (a limit on the size of files), a run folder
-that vanishes or cannot be written. Then the cause is removed, the run is resumed, and its
-checkpoint, log, decisions and adapter are compared with the reference's, seconds aside.
+result. Each fault happens at a random call of a phase, in a real process: SIGKILL, SIGTERM, a disk
+that is full (a limit on the size of files), a run folder that vanishes or cannot be written. Then
+the cause is removed, the run is resumed, and its checkpoint, log, decisions and adapter are
+compared with the reference's, seconds aside.
 
 What this file does not do: power loss (files are flushed before they are renamed; that is not
 tested here).
