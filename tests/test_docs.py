@@ -120,14 +120,26 @@ def files_called(name):
 
 
 @functools.cache
+def with_docstrings(path):
+    """The module, classes and functions of a file, as nodes."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [node for node in ast.walk(tree(path)) if isinstance(node, kinds)]
+
+
+def docstring_lines(path):
+    """(number of its first line, text) of every docstring in a file."""
+    for node in with_docstrings(path):
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", 0), str):
+            yield first.lineno, first.value.value
+
+
+@functools.cache
 def lines_of_code(path):
     """The numbers of the lines that hold code: no docstring, no comment, not blank."""
-    docstrings, lines = set(), set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                docstrings |= set(range(first.lineno, first.end_lineno + 1))
+    lines, docstrings = set(), set()
+    for first, text in docstring_lines(path):
+        docstrings |= set(range(first, first + text.count("\n") + 1))
     silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         if token.type not in (*silent, tokenize.ENDMARKER):
@@ -588,22 +600,12 @@ def test_size_guides():
 def test_no_function_is_longer_than_a_screen():
     wrong = []
     for path in CODE:
-        code = lines_of_code(path)
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.FunctionDef):
-                size = len(code & set(range(node.lineno, node.end_lineno + 1)))
+        for node in with_docstrings(path):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION:
+                size = len(lines_of_code(path) & set(range(node.lineno, node.end_lineno + 1)))
                 if size > FUNCTION:
-                    wrong.append(f"{relative(path)}: {node.name} has {size} lines")
+                    wrong.append(f"{relative(path)}: {node.name} has {size} lines of code")
     none(wrong)
-
-
-def docstrings(path):
-    """(line number, text) of every docstring in a file."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", 0), str):
-                yield first.lineno, first.value.value
 
 
 def broken(text):
@@ -636,7 +638,7 @@ def broken(text):
 def test_no_docstring_is_broken_in_mid_phrase():
     wrong = []
     for path in CODE:
-        for number, text in docstrings(path):
+        for number, text in docstring_lines(path):
             wrong += [f"{relative(path)}:{number + i}" for i in broken(text)]
     none(wrong)
 
