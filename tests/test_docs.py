@@ -525,13 +525,15 @@ def test_every_page_and_picture_can_be_reached_from_the_readme():
 # -------------------------------------------------------------------------------- numbers, versions
 
 
-def test_the_readme_is_one_screen():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= README_LINES
+def test_the_readme_is_short_and_no_page_is_wide():
+    """No line over 100 columns, but for the rows of tables and for what cannot be broken."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+    wrong = []
     for path in PAGES:
         for i, line in enumerate(path.read_text().splitlines(), 1):
-            long = len(line) > COLUMNS and not line.startswith("|") and " " in line.strip()
-            assert not long, f"{relative(path)}:{i} has {len(line)} columns"
+            if len(line) > COLUMNS and not line.startswith("|") and " " in line.strip():
+                wrong.append(f"{relative(path)}:{i} has {len(line)} columns")
+    none(wrong)
 
 
 def counted():
