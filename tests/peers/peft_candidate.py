@@ -7,13 +7,12 @@ as ordinary nn.Linear layers: gradients of the loss, |theta * g| for snip, Hessi
 for grasp. What PEFT has no word for (shortcuts, allocation, Delta-LoRA) is not offered.
 """
 
+import peft
 import torch
 import transformers
 from peft.tuners.lora import Linear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
-
-import peft
 
 ATTENTION = {"attn_implementation": "sdpa"}  # OPT's eager attention computes in float32
 
