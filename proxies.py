@@ -2,7 +2,8 @@
 
 Each proxy is one function (model, batches) -> {name: score}; larger = keep. Modules and shortcuts
 are scored alike and in one pass, all of them switched on. L is the mean loss over all scored
-examples, so a score does not depend on how they were cut into batches.
+examples, so a score does not depend on how they were cut into batches. Of several processes each
+takes its share of the batches; gradients and counts are summed (support/distributed.py).
 
     proxy          | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
     constant       | 1                                                         | 1
@@ -41,6 +42,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import RESIDUALS, adapters
+from support import distributed
 
 ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
 
@@ -131,12 +133,12 @@ def mean_gradients(model, batches, parameters):
     """
     total = sum(loss_terms(model, batch) for batch in batches)
     sums = [torch.zeros_like(p) for p in parameters]
-    for batch in batches:
+    for batch in distributed.share(batches):
         # L = sum over batches of (their share of the examples) * (their mean loss)
         loss = model(**batch).loss * (loss_terms(model, batch) / total)
         gradients = torch.autograd.grad(loss, parameters)
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
-    return sums
+    return distributed.sum_tensors(sums)
 
 
 def factors_of(layers):
@@ -268,13 +270,14 @@ def grasp(model, batches):
         g = mean_gradients(model, batches, factors)
         total = sum(loss_terms(model, batch) for batch in batches)
         hg = [torch.zeros_like(p) for p in factors]
-        for batch in batches:
+        for batch in distributed.share(batches):
             loss = model(**batch).loss * (loss_terms(model, batch) / total)
             first = torch.autograd.grad(loss, factors, create_graph=True)
             # H g = d (g . dL/dtheta) / dtheta, with g held constant
             inner = sum((a * b).sum() for a, b in zip(first, g, strict=True))
             second = torch.autograd.grad(inner, factors)
             hg = [a + b for a, b in zip(hg, second, strict=True)]
+        hg = distributed.sum_tensors(hg)
         # S = sum A o (H g)_A + sum B o (H g)_B
         terms = [(p.detach() * h).sum().item() for p, h in zip(factors, hg, strict=True)]
         return {name: sum(values) for name, values in by_module(layers, terms).items()}
@@ -294,22 +297,24 @@ def fisher(model, batches):
     with scoring(model) as layers:
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
-        for batch in batches:
+        for batch in distributed.share(batches):
             for i in range(len(batch["labels"])):
                 example = {k: v[i : i + 1] for k, v in batch.items()}
                 gradients = torch.autograd.grad(model(**example).loss, factors)
                 for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
                     # sum_k (A_k . dL_n/dA_k)^2
                     totals[j] += (a * g).sum(1).square().sum().item()  # (r, in) -> (r,) -> number
+        totals = distributed.sum_numbers(totals)
         # S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2
         return {name: total / 2 / count for name, total in zip(layers, totals, strict=True)}
 
 
 @torch.no_grad()
 def accuracy(model, batches):
-    hits = sum(
-        (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item() for batch in batches
-    )
+    hits = 0
+    for batch in distributed.share(batches):
+        hits += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+    [hits] = distributed.sum_numbers([hits])
     return hits / sum(len(batch["labels"]) for batch in batches)
 
 

@@ -182,7 +182,8 @@ def train_step(run, group, lr):
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())
-    loss, stop = distributed.sum_gradients(parameters, loss, float(run.stop))
+    asked = run.asked_to_stop or distributed.orphaned()
+    loss, stop = distributed.sum_gradients(parameters, loss, float(asked))
     run.stop = stop > 0  # all processes stop after the same step
     if not math.isfinite(loss):
         raise CannotGoOn(f"the loss of step {run.step + 1} is {loss}")
@@ -284,7 +285,8 @@ def prepare(args, stack):
         if stored:
             single_ranks.shrink_to(run.model, stored["parameters"])
             run.optimizer = make_optimizer(run.model, args)
-            runs.restore(run, stored)
+            other = runs.restore(run, stored, args.seed)
+            run.notes += [other] if other and not args.eval_only else []
         elif args.eval_only:
             raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
         if writes:
@@ -311,28 +313,37 @@ def dry_run(run):
 
 
 def main(argv=None):
-    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted and saved."""
+    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted and saved.
+
+    Of several processes the first one has it, the others 0: torchrun would end the first, in the
+    middle of its last words, where another one failed before it.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            args = flags.parse_flags(argv)
-            distributed.start(args.device)
+            distributed.start()
             stack.callback(distributed.stop)
             if distributed.rank():
                 stack.enter_context(terminal.silent())  # the first process alone speaks
-            run = prepare(args, stack)
+            with distributed.together():
+                args = flags.parse_flags(argv)
+                run = prepare(args, stack)
         except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
-            return 2
+            return 0 if distributed.rank() else 2
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)
-        if args.eval_only:
-            print(report.show(evaluate(run.model, run.task, run.dev)))
-            if run.test is not None:
-                evaluate_test(run)
-                print(f"test: {report.show(run.test_metrics)}")
-            return 0
-        return carry_out(run)
+        code = evaluate_only(run) if args.eval_only else carry_out(run)
+        return 0 if distributed.rank() else code
+
+
+def evaluate_only(run):
+    """--eval-only: the metrics of a run as it stands; returns the exit code."""
+    print(report.show(evaluate(run.model, run.task, run.dev)))
+    evaluate_test(run)
+    if run.test_metrics:
+        print(f"test: {report.show(run.test_metrics)}")
+    return 0
 
 
 def carry_out(run):
@@ -347,6 +358,7 @@ def carry_out(run):
             return 0
         with terminal.stop_on_signal(run):
             train(run)
+        run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
         if not run.stop:
             evaluate_test(run)
         if not run.stop and distributed.rank() == 0:
@@ -361,17 +373,16 @@ def carry_out(run):
             print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"train.py: cannot write the run: {error}; go on from its last checkpoint with "
-            f"--resume {run.folder}",
-            file=sys.stderr,
-        )
+        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
+        where = f"go on from its last checkpoint with --resume {run.folder}"
+        print(f"train.py: {what}; {where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
         return 130
     if run.stop:
-        print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
+        command = f"{distributed.command()} train.py --resume {run.folder}"
+        print(f"stopped and saved; go on with: {command}")
         return 130
     return 0
 

@@ -28,7 +28,7 @@ import pickle
 import torch
 
 import lora
-from support import distributed
+from support import distributed, seeds
 from support.run_folder import write_atomic
 
 # ------------------------------------------------------------------------------------------ content
@@ -51,20 +51,21 @@ def random_state(device):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore(state, model, optimizer, plan, delta, device):
+def restore(state, model, optimizer, plan, delta, device, seed):
     """Put back what capture and random_state took; plan and delta may be None.
 
+    A process that was not there when the checkpoint was written gets dropout's generators from
+    (seed, step, rank).
+
+    Returns:
+        str: what another number of processes means for the run, "" where it is the same number.
+
     Raises:
-        ValueError: the checkpoint belongs to other flags, or to another number of processes.
+        ValueError: the checkpoint belongs to other flags.
     """
     parameters = lora.trainable(model)
     if set(parameters) != set(state["parameters"]):
         raise ValueError("the checkpoint belongs to other flags than config.json")
-    if len(state["generators"]) != distributed.world():
-        raise ValueError(
-            f"the run has {len(state['generators'])} processes, this is {distributed.world()}: "
-            "resume with as many"
-        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
@@ -74,10 +75,20 @@ def restore(state, model, optimizer, plan, delta, device):
     if delta:
         delta.load(state["delta"])
     optimizer.load_state_dict(state["optimizer"])
-    generators = state["generators"][distributed.rank()]
-    torch.set_rng_state(generators["cpu"])
-    if generators["cuda"] is not None:
-        torch.cuda.set_rng_state(generators["cuda"], device)
+    before, now, rank = len(state["generators"]), distributed.world(), distributed.rank()
+    if rank < before:
+        torch.set_rng_state(state["generators"][rank]["cpu"])
+        if device.type == "cuda" and state["generators"][rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["generators"][rank]["cuda"], device)
+    else:
+        name = f"dropout/{state['position']['step']}/{rank}"
+        torch.manual_seed(seeds.generator(seed, name).initial_seed())
+    if now == before:
+        return ""
+    return (
+        f"{before} process{'es' * (before > 1)} began, {now} go{'es' * (now == 1)} on: the same "
+        "run up to rounding, and with other dropout masks if there are any"
+    )
 
 
 # --------------------------------------------------------------------------------------------- file

@@ -1,19 +1,32 @@
-"""Several processes that train one model on their shares of each batch (torchrun, data parallel).
+"""Several processes that behave like one (torchrun, data parallel).
 
     rank    which process, 0 … world - 1        world    how many; 1 without torchrun
 
-Every process holds the whole model and takes the same steps: the gradients of what trains are
-summed over the processes, and nothing else of the model is exchanged. Scores are averaged before
-anyone decides, so that rounding on one machine cannot make the processes disagree about what is on.
-With one process every function here returns what it is given.
+Every process holds the whole model and takes the same steps on its share of each batch. What is
+exchanged is sums: of the gradients of what trains, once a step; of the gradients and counts that
+scores are made of; and predictions. The sums have the same bits on every process.
+
+    what                 | travels by
+    objects, messages    | gloo, out of the CPU's memory, whatever the model is on
+    tensors on the CPU   | gloo
+    tensors on a GPU     | NCCL; the group is made when the first of them is to be summed
+
+The first process alone speaks and writes, and its exit code is the run's. With one process every
+function here returns what it is given.
 
 What this file does not do: shard a model or an optimizer, start processes (torchrun does).
 """
 
+import contextlib
+import functools
 import os
 
 import torch
 import torch.distributed as dist
+
+_parent = None  # process id of torchrun
+
+# ------------------------------------------------------------------------------------------ set-up
 
 
 def rank():
@@ -24,17 +37,63 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def pick_device(name):
-    """--device as a torch.device; auto: CUDA if there is one, under torchrun one per process.
+def start():
+    """Join the processes that torchrun started, if it did. Nothing is put on a GPU here.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: WORLD_SIZE is set, but not the rest of what torchrun sets.
     """
+    global _parent
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+        _parent = os.getppid()
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        group.cache_clear()
+
+
+def orphaned():
+    """torchrun was killed: nobody is left who could stop this process with the others."""
+    return world() > 1 and os.getppid() != _parent
+
+
+def command():
+    """What starts as many processes again: the words before train.py.
+
+    Of processes on several machines only torchrun's user knows how; one can go on with their run.
+    """
+    if world() == 1 or world() != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return "python"
+    return f"torchrun --standalone --nproc-per-node {world()} --"
+
+
+def pick_device(name):
+    """--device as a torch.device, made the current one; auto: CUDA if there is one, else the CPU.
+
+    Under torchrun cuda is a GPU for each process: number LOCAL_RANK of its machine.
+
+    Raises:
+        ValueError: there is no such device, or not one for each process.
+    """
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
-        cuda, local = torch.cuda.is_available(), os.environ.get("LOCAL_RANK", "0")
-        return torch.device("cuda", int(local)) if cuda else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and many > 1:
+        if name != "cuda":
+            raise ValueError(f"--device {name} is one GPU for {many} processes: give --device cuda")
+        if many > torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {many} processes here, and this machine has "
+                f"{torch.cuda.device_count()} GPUs: start as many, or give --device cpu"
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # before anything is put on it
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = str(error).split("\n")[0]
@@ -42,24 +101,49 @@ def pick_device(name):
     return device
 
 
-def start(device="auto"):
-    """Join the processes that torchrun started, if it did: gloo on the CPU, NCCL on CUDA."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        return
-    cuda = pick_device(device).type == "cuda"
-    if cuda:  # before anything else is put on a device
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+# ---------------------------------------------------------------------------------------- exchange
 
 
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@functools.cache
+def group(device_type):
+    """The processes that exchange tensors of a kind of device; None is the first group, gloo."""
+    return dist.new_group(backend="nccl") if device_type == "cuda" else None
+
+
+def exchange(collective, *args, **options):
+    """Call a collective. Raises ConnectionError where another process is gone."""
+    try:
+        collective(*args, **options)
+    except RuntimeError as error:
+        raise ConnectionError("another process has ended") from error
 
 
 def share(items):
     """This process's part of a list: every world-th item, so that shares are alike in length."""
     return items[rank() :: world()]
+
+
+def sum_tensors(tensors):
+    """Their sums over processes, in one exchange.
+
+    Args:
+        tensors: list of tensors of one dtype and device, of the same shapes on every process.
+    """
+    if world() == 1:
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])  # (all numbers,)
+    exchange(dist.all_reduce, flat, group=group(flat.device.type))
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def sum_numbers(numbers):
+    """The sums over processes of floats, or of lists of them, in float64."""
+    if world() == 1:
+        return numbers
+    flat = torch.tensor(numbers, dtype=torch.float64)
+    exchange(dist.all_reduce, flat)
+    return flat.tolist()
 
 
 def sum_gradients(parameters, *numbers):
@@ -76,24 +160,23 @@ def sum_gradients(parameters, *numbers):
     if world() == 1:
         return list(numbers)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    extra = grads[0].new_tensor(numbers)
-    flat = torch.cat([g.flatten() for g in [*grads, extra]])  # (all numbers,)
-    dist.all_reduce(flat)
-    *parts, extra = flat.split([*(p.numel() for p in parameters), len(numbers)])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    *sums, extra = sum_tensors([*grads, grads[0].new_tensor(numbers)])
+    for parameter, gradient in zip(parameters, sums, strict=True):
+        parameter.grad = gradient
     return extra.tolist()
 
 
 def mean_scores(scores):
-    """{name: float, or list of floats}: the mean over processes, the same bits on each of them."""
+    """{name: float, or list of floats}: the mean over processes.
+
+    The processes have scored the same sums, and yet rounding on one machine could make them
+    disagree about what is on.
+    """
     if world() == 1:
         return scores
-    cuda = dist.get_backend() == "nccl"
-    flat = torch.tensor(list(scores.values()), dtype=torch.float64)  # (modules,) or (modules, r)
-    flat = flat.to("cuda" if cuda else "cpu")
-    dist.all_reduce(flat)
-    return dict(zip(scores, (flat / world()).tolist(), strict=True))
+    sums = sum_numbers(list(scores.values()))
+    means = torch.tensor(sums, dtype=torch.float64) / world()  # (modules,) or (modules, r)
+    return dict(zip(scores, means.tolist(), strict=True))
 
 
 def gather(value):
@@ -101,5 +184,18 @@ def gather(value):
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value)
+    exchange(dist.all_gather_object, values, value)
     return values
+
+
+@contextlib.contextmanager
+def together():
+    """What one process cannot do, none does: a ValueError or OSError of one is raised by all."""
+    own = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        own = error
+    for process, message in enumerate(gather(str(own) if own else None)):
+        if message is not None:
+            raise own or ValueError(f"process {process}: {message}")

@@ -49,7 +49,8 @@ class Run:
     test_predictions: str | None = None
     seconds: float = 0.0
     score_seconds: float = 0.0  # of these, spent on decisions
-    stop: bool = False  # Ctrl-C was pressed
+    asked_to_stop: bool = False  # this process was, by Ctrl-C or SIGTERM
+    stop: bool = False  # some process was, and all of them know
 
 
 def log(run, event, **values):
@@ -78,11 +79,20 @@ def save(run):
         checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
 
 
-def restore(run, state):
-    """Put a checkpoint back into a Run that was set up from the same flags. ValueError: others."""
-    checkpoint.restore(state, run.model, run.optimizer, run.plan, run.delta, run.device)
+def restore(run, state, seed):
+    """Put a checkpoint back into a Run that was set up from the same flags, seed among them.
+
+    Returns:
+        str: what is different about this run, "" if nothing is.
+
+    Raises:
+        ValueError: it is the checkpoint of a run with other flags.
+    """
+    parts = (run.model, run.optimizer, run.plan, run.delta)
+    note = checkpoint.restore(state, *parts, run.device, seed)
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
+    return note
 
 
 def counts(model):

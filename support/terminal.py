@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def stop_on_signal(run):
-    """Set run.stop at the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    """Set run.asked_to_stop at the first Ctrl-C or SIGTERM; a second one ends it at once."""
 
     def request(signum, _frame):
-        run.stop = True
+        run.asked_to_stop = True
         signal.signal(signum, signal.default_int_handler)
 
     before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -8,7 +8,6 @@ import json
 import random
 import types
 
-import ablation
 import numpy as np
 import pytest
 import safetensors.torch

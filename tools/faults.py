@@ -6,7 +6,8 @@ A reference run counts the Python calls in each phase: training, scoring, evalua
 result. Each fault happens at a random call of a phase, in a real process: SIGKILL, SIGTERM, a disk
 that is full (a limit on the size of files), a run folder that vanishes or cannot be written. Then
 the cause is removed, the run is resumed, and its checkpoint, log, decisions and adapter are
-compared with the reference's, seconds aside.
+compared with the reference's, seconds aside. The same with two processes under torchrun, where a
+signal goes to one of them or to torchrun itself.
 
 What this file does not do: power loss (files are flushed before they are renamed; that is not
 tested here).
@@ -19,8 +20,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import types
 from pathlib import Path
@@ -45,6 +48,11 @@ PHASES = {  # function on the stack -> phase
     "train_step": "training",
 }
 FAULTS = ("SIGTERM", "disk full", "folder gone", "folder not writable")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN_FAULTS = (  # a signal, and who gets it
+    *("SIGTERM to torchrun", "SIGINT to torchrun", "SIGKILL to torchrun"),
+    *("SIGTERM to process 1", "SIGKILL to process 0", "SIGKILL to process 1"),
+)
 
 
 def watcher(fault, phase, moment, folder, counts):
@@ -67,6 +75,15 @@ def watcher(fault, phase, moment, folder, counts):
 def happen(fault, folder):
     if fault in ("SIGKILL", "SIGTERM"):
         os.kill(os.getpid(), getattr(signal, fault))
+    elif fault.endswith("to torchrun"):
+        signum, parent = getattr(signal, fault.split()[0]), os.getppid()
+        handler = signal.getsignal(signum)
+        os.kill(parent, signum)
+        # until torchrun has passed it on (the handler is another one then), or is gone
+        while os.getppid() == parent and signal.getsignal(signum) is handler:
+            time.sleep(0.01)
+    elif " to process " in fault:
+        os.kill(os.getpid(), getattr(signal, fault.split()[0]))
     elif fault == "disk full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
     elif fault == "folder gone":
@@ -84,8 +101,10 @@ def child(argv, fault, phase, moment, folder):
         begin(run)
 
     train.train = watched
-    code = train.main(argv)
-    sys.setprofile(None)
+    try:
+        code = train.main(argv)
+    finally:
+        sys.setprofile(None)
     if not fault:
         print(json.dumps(counts))
     return code
@@ -119,6 +138,24 @@ def run(argv, fault="", phase="", moment=0, folder=""):
         out.seek(0)
         err.seek(0)
         return types.SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())
+
+
+def run_under_torchrun(argv, fault="", phase="", moment=0):
+    """The same with two processes; process 0 sends what goes to torchrun.
+
+    Ends when both processes have ended, torchrun's death or not: they hold the other end of stdout.
+    """
+    words = [*TORCHRUN, "--", __file__, "--worker", fault, phase, str(moment), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment)
+
+
+def worker(fault, phase, moment, *argv):
+    """In a process that torchrun started: train.py, with the fault where it concerns this one."""
+    victim = fault[-1] if fault[-1:].isdigit() else "0"
+    if os.environ["RANK"] != victim:
+        fault, phase = "none", "none"
+    return child(list(argv), fault, phase, int(moment), "")
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -179,6 +216,16 @@ def strike(folder, argv, fault, phase, moment):
     return (first.returncode, resume(folder, argv).returncode), last
 
 
+def strike_under_torchrun(folder, argv, fault, phase, moment):
+    """One signal to two processes or their torchrun, and the resumed run; as strike."""
+    first = run_under_torchrun([*argv, "--out", str(folder)], fault, phase, moment)
+    words = [*argv, "--out", str(folder)]
+    if (folder / "config.json").is_file():
+        words = ["--resume", str(folder)]
+    last = (first.stdout.strip().splitlines() or [""])[-1]
+    return (first.returncode, run_under_torchrun(words).returncode), last
+
+
 def damage(folder, argv, how):
     """A finished epoch's checkpoint is cut or changed; the one before it must take over."""
     checkpoint = folder / "checkpoint.pt"
@@ -194,7 +241,8 @@ def damage(folder, argv, how):
 
 
 def expected_codes(fault):
-    return {"SIGKILL": (-9, 0), "SIGTERM": (130, 0)}.get(fault, (1, 0))
+    codes = {"SIGKILL": (-9, 0), "SIGKILL to torchrun": (-9, 0), "SIGTERM": (130, 0)}
+    return codes.get(fault, (1, 0))  # torchrun makes 1 of every code that is not 0
 
 
 def trials(counts, kills, rng):
@@ -240,7 +288,29 @@ def method(name, folder, argv, kills, rng):
     return bad
 
 
+def method_under_torchrun(name, folder, argv, rng):
+    """Every signal to one of two processes and to torchrun, in the phases in turn."""
+    reference = run_under_torchrun([*argv, "--out", str(folder / "reference")])
+    if reference.returncode:
+        raise RuntimeError(f"the reference run failed: {reference.stderr.strip()}")
+    counts = next(json.loads(s) for s in reference.stdout.splitlines() if s.startswith("{"))
+    phases = [phase for phase in counts if phase not in ("between", "result")]
+    expected, bad = outcome(folder / "reference"), 0
+    for i, fault in enumerate(TORCHRUN_FAULTS):
+        phase = phases[i % len(phases)]
+        out, call = folder / f"trial-{i}", rng.randint(1, counts[phase])
+        codes, last = strike_under_torchrun(out, argv, fault, phase, call)
+        equal = codes[1] == 0 and same(outcome(out), expected)
+        bad += not (equal and codes[0] == expected_codes(fault)[0])
+        verdict = "same bits" if equal else f"DIFFERS: {last}"
+        print(f"{name:<11} {fault:<20} {phase:<11} call {call:>7,}  exit {codes[0]:>4}  {verdict}")
+    return bad
+
+
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--worker"]:
+        return worker(*words[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per method (default: 20)")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
@@ -256,6 +326,8 @@ def main(argv=None):
             (work := Path(folder) / name).mkdir()
             flags = [*METHODS[name].split(), *common.split(), "--batch-size", "8"]
             bad += method(name, work, flags, args.kills, rng)
+            (work / "torchrun").mkdir()
+            bad += method_under_torchrun(name, work / "torchrun", flags, rng)
     print(f"{bad} of the trials ended otherwise" if bad else "every trial ended as it should")
     return 1 if bad else 0
 

@@ -1,6 +1,6 @@
 """PEFT and transformers as a candidate for the oracle: LoRA layers, logits, zero-cost proxies.
 
-    python tools/oracle.py check tests/golden --candidate tests/peers/peft_candidate.py
+    python -m tools.oracle check --candidate tests/peers/peft_candidate.py
 
 The proxies are those of zero-cost-nas (foresight/pruners), written against PEFT's lora_A and lora_B
 as ordinary nn.Linear layers: gradients of the loss, |theta * g| for snip, Hessian-vector products
