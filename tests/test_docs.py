@@ -54,7 +54,7 @@ FOREIGN_FILES = {
     "synflow.py",
 }
 FOREIGN_FLAGS = {
-    "--nproc-per-node", "--nnodes", "--standalone", "--rdzv-endpoint",  # torchrun
+    "--nproc-per-node", "--nnodes", "--max-restarts", "--standalone", "--rdzv-endpoint",  # torchrun
     "--python", "--with-requirements", "--with", "--no-project",  # uv
     "--quiet", "--help", "--version", "--upgrade",  # everywhere
 }  # fmt: skip
