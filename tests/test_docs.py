@@ -370,7 +370,9 @@ def in_heads():
 
 
 def in_pages():
-    """(where, words) of the commands in the code blocks of the pages."""
+    """(where, words) of the commands in the code blocks of the pages, and in .ci/run."""
+    for words in commands((ROOT / ".ci" / "run").read_text().splitlines()):
+        yield ".ci/run", words
     for path in PAGES:
         for language, lines in page(path)[1]:
             if language in ("", "sh", "bash", "console", "shell"):
