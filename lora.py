@@ -141,6 +141,11 @@ class LoRALayer(nn.Module):
         """The tensors that train, by name; another module may share some of them."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
+    def pair(self):
+        """(A (R, in), B (out, R)) with ΔW = B A: what the module exports as, at scale 1."""
+        A, B = self.branch()
+        return A.detach(), self.scaling * B.detach()
+
     def keep_ranks(self, kept):
         """Shrink to some of the rank-one parts; scaling stays: what is kept computes what it did.
 

@@ -15,7 +15,7 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import single_ranks
+from relatives import METHODS, single_ranks
 from support import glue, run_folder
 
 # -------------------------------------------------------------------------------------------- flags
@@ -93,6 +93,16 @@ FLAGS = {  # name: (type, default, help)
         one_of("none", "reuse"),
         "none",
         "reuse = LayerNorm once more after a cross-layer shortcut, as the released code does",
+    ),
+    "adapter": (
+        one_of(*METHODS["adapter"]),
+        "lora",
+        f"what is put on the targets: {', '.join(METHODS['adapter'])}",
+    ),
+    "optimizer": (
+        one_of(*METHODS["optimizer"]),
+        "adamw",
+        f"what trains them: {', '.join(METHODS['optimizer'])}",
     ),
     "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
     "allocate": (
