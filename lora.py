@@ -398,22 +398,27 @@ def load_adapter(model, path):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    layers = {}
+    bases = {}
     for name, a in about.items():
         try:
-            base = base_of(model, name)
+            bases[name] = base_of(model, name)
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
-        expected |= {f"{name}.lora_A": None, f"{name}.lora_B": None}
-        if a["r"] > 0:  # 0: Delta-LoRA, a module that never was on
-            layers[name] = LoRALayer(*base, a["r"], a["scaling"] * a["r"])
-            layers[name].scaling = a["scaling"]  # to the bit, which scaling * r / r is not
-            expected |= {f"{name}.{key}": f.shape for key, f in layers[name].factors().items()}
+        _, n_in, n_out = bases[name]
+        expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
     adapter_file.refuse_misfit(path, tensors, expected)
-    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
+    for name, a in about.items():  # only now: a refused file leaves the model as it was
+        if a["r"] == 0:  # Delta-LoRA, a module that never was on
+            continue
+        # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
+        layer = LoRALayer(*bases[name], 1, a["scaling"], generator=torch.Generator())
+        layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
+        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
+        layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
         put(model, name, layer)
+    head = {name: p for name, p in trainable(model).items() if "lora_" not in name}
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
+        for name, parameter in head.items():
             parameter.copy_(tensors[name])
     switch(model, {name for name, a in about.items() if a["enabled"]})
     model.requires_grad_(False)

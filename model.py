@@ -1,22 +1,21 @@
 """One Transformer for BERT/MiniLM, RoBERTa, OPT and GPT-2, with Hugging Face weights.
 
-The four families differ in few places, all of them visible in `Config` and `Block`: where the
-LayerNorm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: other OPT sizes, GPT-2),
-who may attend to whom, and what the head reads. `Block` shows the ten places that HeteroLoRA (arXiv
-2406.14956, Figure 1) can adapt: six linear layers and four shortcuts.
+The families differ in few places, all of them fields of `Config` that `Block` and `Transformer`
+read: where the LayerNorm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: other OPT
+sizes, GPT-2), who may attend to whom, and what the head reads. `Block` shows the ten places that
+HeteroLoRA (arXiv 2406.14956, Figure 1) can adapt: six linear layers and four shortcuts.
 
     name            | symbol  | shape
-    x               | x       | (b, t, d)  the residual stream: b examples, t tokens, d =
-    hidden_size
+    x               | x       | (b, t, d)         the residual stream: b examples, t tokens,
+                    |         |                   d = hidden_size
     q, k, v         | Q, K, V | (b, h, t, d / h)  h = num_heads
-    q_proj … fc2    | W       | (out, in)  as nn.Linear stores it; GPT-2's Conv1D is transposed on
-    loading
-    read            |         | (b,)  the one position per example that the classification head
-    reads
+    q_proj … fc2    | W       | (out, in)         as nn.Linear stores it
+    read            |         | (b,)              the one position of each example that the
+                    |         |                   classification head reads
 
-What this file does not do: low-rank adapters (lora.py puts them in place of the ten modules),
-reading files (checkpoint.py), downloading (download.py), generation, key/value caches, padding on
-the left.
+What this file does not do: low-rank adapters (lora.py puts them in place of the ten modules), what
+a family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
+(support/download.py), generation, key/value caches, padding on the left.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, hf_folder, seeds
+from support import download, families, hf_folder, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -40,13 +39,13 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the model is, in one vocabulary for the four families.
+    """What the model is, in one vocabulary for all families.
 
     max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
     rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
     """
 
-    family: str  # bert | roberta | opt | gpt2
+    family: str  # key of families.FAMILIES; the model itself reads the fields below alone
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -56,9 +55,13 @@ class Config:
     embed_dim: int
     pad_token_id: int
     layer_norm_eps: float
-    activation: str
+    activation: str  # key of ACTIVATIONS
+    causal: bool  # a token sees those before it, and the head reads the last one
     pre_ln: bool  # LayerNorm before each sub-layer, else after it
     final_norm: bool  # one more LayerNorm after the last block
+    embed_norm: bool  # LayerNorm of the embeddings
+    embed_dropout: bool  # dropout of the embeddings
+    pooler_in_head: bool = False  # the pooler belongs to the head: dropout before it, always new
     position_offset: int = 0
     type_vocab_size: int = 0
     num_labels: int = 2  # 1 = regression
@@ -66,23 +69,19 @@ class Config:
     dropout: float = 0.0
     shortcut_norm: str = "none"  # none | reuse: LayerNorm once more after a cross-layer shortcut
 
-    @property
-    def causal(self):
-        return self.family in ("opt", "gpt2")
-
     @classmethod
     def from_hf(cls, hf, **overrides):
         """The content of a Hugging Face config.json as a Config.
 
         Args:
             hf: dict, config.json.
-            overrides: fields of Config that the file does not decide (num_labels, head, dropout,
-                …).
+            overrides: fields of Config that the file does not decide: num_labels, head, dropout,
+                shortcut_norm.
 
         Raises:
             ValueError: a family or feature that is not implemented, or a size that is missing.
         """
-        return cls(**{**hf_folder.config_fields(hf, tuple(ACTIVATIONS)), **overrides})
+        return cls(**{**families.config_fields(hf), **overrides})
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -93,7 +92,10 @@ class Config:
         if self.head not in ("classification", "lm"):
             raise ValueError(f"head is {self.head!r}, allowed: 'classification', 'lm'")
         if self.head == "lm" and not self.causal:
-            raise ValueError(f"head 'lm' needs a causal family (opt, gpt2), got {self.family}")
+            causal = [n for n, f in families.FAMILIES.items() if f.features["causal"]]
+            raise ValueError(
+                f"head 'lm' needs a causal family ({', '.join(causal)}), got {self.family}"
+            )
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}, allowed: 1 (regression) or more")
         if not 0 <= self.dropout < 1:
@@ -112,6 +114,17 @@ class Output(NamedTuple):
 # -------------------------------------------------------------------------------------------- block
 
 
+def refuse_weights(weight):
+    """ValueError where the weights cannot be computed with; weight is one of them."""
+    if weight.is_meta:
+        raise ValueError('the model has no weights (device "meta"): use load_pretrained')
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            "the weights are float16, in which training overflows and losses become NaN: "
+            "model.float(), or model.bfloat16()"
+        )
+
+
 def pick(x, read):
     """The read positions only: (b, t, d), (b,) -> (b, 1, d)."""
     return x[torch.arange(len(x), device=x.device), read][:, None]  # (b, 1, d)
@@ -122,6 +135,11 @@ class Block(nn.Module):
 
     The search space of HeteroLoRA, all ten places: lora.inject puts a LoRALayer in any of them.
     Where nothing was injected, a residual is the identity and a cross-layer shortcut is absent.
+
+    shortcut_sa carries the input of this block's self-attention to the input of the next block's.
+    The last block has one too: there is no next block, so it feeds what comes after, the final
+    norm or the head. shortcut_ffn carries the FFN input of the block before to this block's, so
+    block 0, with none before it, has no shortcut_ffn.
     """
 
     def __init__(self, config):
@@ -136,13 +154,13 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, d)
         self.residual_1 = nn.Identity()  # x around self-attention
         self.residual_2 = nn.Identity()  # x around the feed-forward
-        self.shortcut_sa = None  # this block's attention input -> the next block's attention input
-        self.shortcut_ffn = None  # the previous block's FFN input -> this block's FFN input
+        self.shortcut_sa = None  # or a LoRALayer over a zero base
+        self.shortcut_ffn = None
         self.attn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.ffn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
 
     def forward(self, x, previous_ffn_input, key_mask, read=None):
-        """One layer.
+        """One layer. R_1, R_2 are the residuals (identity), S_sa, S_ffn the shortcuts (absent).
 
         Args:
             x: (b, t, d), the residual stream.
@@ -152,50 +170,55 @@ class Block(nn.Module):
                 keys and values come from all t positions, the rest of the layer from one.
 
         Returns:
-            the residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
+            The residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
         """
         pre_ln = self.config.pre_ln
         h = self.attn_norm(x) if pre_ln else x
         queries = h
         if read is not None:
-            x, queries = pick(x, read), pick(h, read)
+            x, queries = pick(x, read), pick(h, read)  # (b, 1, d)
             if previous_ffn_input is not None:
-                previous_ffn_input = pick(previous_ffn_input, read)
+                previous_ffn_input = pick(previous_ffn_input, read)  # (b, 1, d)
         sa_input = x
+
+        # pre-LN:  x = R_1 x + SA(LN x) + S_ffn y      y: the FFN input of the block before
+        # post-LN: x = LN(R_1 x + SA(x)) + S_ffn y
         h = self.attention(queries, h, key_mask, causal=self.config.causal and read is None)
         x = self.residual_1(sa_input) + self.drop(h)
         x = x if pre_ln else self.attn_norm(x)
         x = self.add_shortcut(x, self.shortcut_ffn, previous_ffn_input, self.attn_norm)
-
         ffn_input = x
+
+        # pre-LN:  x = R_2 x + FFN(LN x) + S_sa z      z: this block's SA input
+        # post-LN: x = LN(R_2 x + FFN(x)) + S_sa z     FFN(x) = W_fc2 act(W_fc1 x + b) + b
         h = self.ffn_norm(x) if pre_ln else x
         h = self.fc1(h)  # (b, t, ffn_dim)
-        h = self.fc2(ACTIVATIONS[self.config.activation](h))
+        h = self.fc2(ACTIVATIONS[self.config.activation](h))  # (b, t, d)
         x = self.residual_2(ffn_input) + self.drop(h)
         x = x if pre_ln else self.ffn_norm(x)
         x = self.add_shortcut(x, self.shortcut_sa, sa_input, self.ffn_norm)
         return x, ffn_input
 
     def attention(self, queries, x, key_mask, causal):
-        """softmax(Q K^T / sqrt(d / h)) V, projected; (b, t, d) -> (b, queries, d)."""
+        """Every head for itself, then side by side: (b, 1 or t, d), (b, t, d) -> (b, 1 or t, d).
+
+        The one query of `read` is an example's last token, or the model is not causal: it may see
+        all that is not padding, so causal is False then.
+        """
         q = self.split_heads(self.q_proj(queries))  # (b, h, 1 or t, d / h)
         k = self.split_heads(self.k_proj(x))  # (b, h, t, d / h)
         v = self.split_heads(self.v_proj(x))  # (b, h, t, d / h)
-        h = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if causal else key_mask,  # padding is on the right: causal hides it
-            is_causal=causal,
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )
+        # SA = W_o [softmax(Q K^T / sqrt(d / h) + mask) V for each head]
+        mask = None if causal else key_mask  # padding is on the right: causal hides it
+        p = self.config.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         return self.out_proj(h.transpose(1, 2).flatten(2))  # (b, 1 or t, d)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (b, h, t, d / h)
 
     def add_shortcut(self, x, shortcut, source, norm):
-        """x + shortcut(source); with shortcut_norm "reuse", LayerNorm again, also when off."""
+        """x + S source. With shortcut_norm "reuse" this is normalised once more, also when off."""
         if shortcut is None:
             return x
         if shortcut.enabled:
@@ -224,7 +247,7 @@ class Transformer(nn.Module):
         self.position_embeddings = nn.Embedding(c.max_positions + c.position_offset, c.hidden_size)
         if c.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
-        if not c.causal:
+        if c.embed_norm:
             self.embed_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         if c.embed_dim != c.hidden_size:
             self.project_in = nn.Linear(c.embed_dim, c.hidden_size, bias=False)
@@ -259,9 +282,10 @@ class Transformer(nn.Module):
             Output(logits, loss).
 
         Raises:
-            ValueError: a sequence longer than the position table, or padding that is not on the
-                right.
+            ValueError: a sequence longer than the position table, padding that is not on the right,
+                or weights that cannot be computed with: float16, or on the device "meta".
         """
+        refuse_weights(self.word_embeddings.weight)
         mask = attention_mask.bool()  # (b, t)
         if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError(
@@ -280,26 +304,24 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids, token_type_ids=None, inputs_embeds=None):
         """(b, t) -> (b, t, d), the input of the first block."""
+        c = self.config
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, t = x.shape[:2]
-        if t > self.config.max_positions:
+        if t > c.max_positions:
             raise ValueError(
-                f"a sequence has {t} tokens, the model has positions for "
-                f"{self.config.max_positions}: "
+                f"a sequence has {t} tokens, the model has positions for {c.max_positions}: "
                 "truncate it (--max-length)"
             )
-        if hasattr(self, "project_in"):
+        if c.embed_dim != c.hidden_size:
             x = self.project_in(x)  # (b, t, d)
-        positions = torch.arange(t, device=x.device) + self.config.position_offset  # (t,)
+        # x = word + position + type, each a row of its table
+        positions = torch.arange(t, device=x.device) + c.position_offset  # (t,)
         x = x + self.position_embeddings(positions)
-        if self.config.type_vocab_size:
+        if c.type_vocab_size:
             types = positions.new_zeros(b, t) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(types)
-        if not self.config.causal:
-            x = self.embed_norm(x)
-        return (
-            x if self.config.family == "opt" else F.dropout(x, self.config.dropout, self.training)
-        )
+        x = self.embed_norm(x) if c.embed_norm else x
+        return F.dropout(x, c.dropout, self.training) if c.embed_dropout else x
 
     def encode(self, x, mask, read=None):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
@@ -316,7 +338,7 @@ class Transformer(nn.Module):
             x, ffn_input = block(x, ffn_input, key_mask, read if last else None)
         if self.config.final_norm:
             x = self.final_norm(x)
-        return self.project_out(x) if hasattr(self, "project_out") else x
+        return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x
 
     def predict(self, h):
         """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
@@ -326,18 +348,15 @@ class Transformer(nn.Module):
         if self.config.causal:
             return self.score(h)  # (b, num_labels)
         p, training = self.config.dropout, self.training
-        if self.config.family == "roberta":
+        if self.config.pooler_in_head:
             h = F.dropout(h, p, training)
         h = torch.tanh(self.pooler(h))  # (b, d)
         return self.classifier(F.dropout(h, p, training))  # (b, num_labels)
 
     def loss(self, logits, labels):
         """Cross-entropy, mean over examples (over tokens for "lm"); squared error for one label."""
-        if self.config.head == "lm":
-            logits, labels = (
-                logits[:, :-1].flatten(0, 1),
-                labels[:, 1:].flatten(),
-            )  # (b * (t - 1), …)
+        if self.config.head == "lm":  # position t predicts token t + 1
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (b (t - 1), …)
         elif self.config.num_labels == 1:
             return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
@@ -352,10 +371,10 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     Args:
         name: "minilm", a folder in Hugging Face layout, or a hub id such as "roberta-base".
         num_labels: int, 1 = regression.
-        head: "classification", or "lm" (OPT, GPT-2).
+        head: "classification", or "lm" (causal families).
         dropout: float, replaces whatever the checkpoint was pretrained with.
-        seed: int, for the parts of the head that the checkpoint lacks: weights N(0, 0.02), biases
-            0.
+        seed: int, for the parts of the head that the checkpoint lacks: weights are drawn from
+            N(0, 0.02), biases are 0.
         overrides: other fields of Config, for example shortcut_norm="reuse".
 
     Returns:
@@ -371,11 +390,10 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     hf = hf_folder.read_config(folder)
     config = Config.from_hf(hf, num_labels=num_labels, head=head, dropout=dropout, **overrides)
     tokenizer = hf_folder.load_tokenizer(folder, config.family, config.vocab_size)
-    with torch.device("meta"):
-        model = Transformer(
-            config
-        )  # every parameter is replaced below: none needs an initial value
     tensors = hf_folder.read_tensors(folder)
+    hf_folder.check_sizes(tensors, config)
+    with torch.device("meta"):  # every parameter is replaced below: none needs an initial value
+        model = Transformer(config)
     state, fresh = hf_folder.convert(tensors, config, model.state_dict(), model.head)
     rng = seeds.generator(seed, "head")
     for module in fresh:
@@ -385,7 +403,6 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
             state[f"{module}.bias"] = torch.zeros(linear.bias.shape)
     model.load_state_dict(state, strict=True, assign=True)
     model.fresh = fresh
-    model.head = tuple(
-        m for m in model.head if m != "pooler" or m in fresh or config.family != "bert"
-    )
+    if not config.pooler_in_head:  # a pooler that came is part of the backbone
+        model.head = tuple(m for m in model.head if m != "pooler" or m in fresh)
     return model, tokenizer

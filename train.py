@@ -15,11 +15,9 @@ What this file does not do: mixed precision, compile, search hyper-parameters.
 """
 
 import contextlib
-import dataclasses
 import math
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -32,8 +30,9 @@ from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import single_ranks
 from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
-
-EVAL_BATCH_SIZE = 64
+from support import run as runs
+from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, predict
+from support.run import Run
 
 
 class CannotGoOn(RuntimeError):
@@ -41,35 +40,6 @@ class CannotGoOn(RuntimeError):
 
 
 # ------------------------------------------------------------------------------------------- set-up
-
-
-@dataclasses.dataclass
-class Run:
-    """All that the loop needs; what changes in it is what a checkpoint stores."""
-
-    args: types.SimpleNamespace
-    task: glue.Task
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    train: list  # encoded examples
-    dev: list
-    test: list | None  # with labels, and asked for
-    device: torch.device
-    notes: list  # lines for the person who started the run
-    plan: allocate.Reallocator | None = None
-    delta: DeltaLoRA | None = None
-    folder: Path | None = None
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best: dict | None = None  # metrics of the best epoch
-    last: dict | None = None
-    test_metrics: dict | None = None
-    test_predictions: str | None = None
-    seconds: float = 0.0
-    score_seconds: float = 0.0  # of these, spent on decisions
-    asked_to_stop: bool = False  # this process was, by Ctrl-C or SIGTERM
-    stop: bool = False  # some process was, and all of them know
 
 
 def set_up(args):
@@ -110,9 +80,11 @@ def set_up(args):
     optimizer = make_optimizer(model, args)
     run = Run(args, task, model, optimizer, train, dev, test, device, notes)
     if args.allocate != "none":
-        run.plan = make_plan(model, args)
+        run.plan, run.proxy = make_plan(model, args), args.proxy
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
+        if args.delta_start is None:
+            args.delta_start = len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
     return run
 
@@ -162,9 +134,8 @@ def decide(run):
     levels = {n: a.r / args.r * a.enabled for n, a in lora.adapters(model).items()}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
     tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
-    parameters = sum(lora.count_trainable(model)[name] for name, level in levels.items() if level)
-    log(run, "score", step=run.step, parameters=parameters, seconds=seconds)
-    write_history(run)
+    runs.log(run, "score", step=run.step, parameters=runs.counts(model)[0], seconds=seconds)
+    runs.write_history(run)
 
 
 def score(run, batches):
@@ -185,22 +156,6 @@ def score_batches(run):
     return [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
 
 
-def write_history(run):
-    """allocation.json: every decision so far."""
-    if not run.folder:
-        return
-    a = run.args
-    budget = {"keep": a.keep} if a.budget_params is None else {"parameters": a.budget_params}
-    content = {"proxy": a.proxy, "mode": a.allocate, "budget": budget, "costs": run.plan.costs}
-    run_folder.write_json(run.folder / "allocation.json", {**content, "history": run.plan.history})
-
-
-def log(run, event, **values):
-    """A line of metrics.jsonl, where this process has a run folder to write to."""
-    if run.folder:
-        run_folder.log(run.folder, event, **values)
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -214,12 +169,6 @@ def learning_rate(step, total, lr, schedule, warmup):
     if schedule == "constant":
         return lr
     return lr * max(0.0, (total - step) / max(1, total - warmup))
-
-
-def batch_of(model, examples):
-    """Examples as a batch on the model's device."""
-    config, device = model.config, model.word_embeddings.weight.device
-    return glue.collate(examples, config.pad_token_id, config.type_vocab_size > 1, device)
 
 
 def train_step(run, group, lr):
@@ -284,10 +233,10 @@ def train(run):
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
                 if run.step % args.log_every == 0:
                     change = {"weight_change": run.delta.weight_change()} if run.delta else {}
-                    log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
+                    runs.log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
                 run.seconds = seconds_before + time.monotonic() - started
                 if run.stop:
-                    save(run)
+                    runs.save(run)
                     return
             run.epoch, run.step_in_epoch = run.epoch + 1, 0
             run.last = evaluate(run.model, run.task, run.dev)
@@ -295,34 +244,9 @@ def train(run):
             headline = run.task.metrics[0]
             if run.best is None or run.last[headline] > run.best[headline]:
                 run.best = {**run.last, "epoch": run.epoch}
-            log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
+            runs.log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
             bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
-            save(run)
-
-
-@torch.inference_mode()
-def predict(model, task, examples):
-    """A class id (regression: a score) for each encoded example, in order; the mode is kept."""
-    training = model.training
-    model.eval()
-    # by length: little padding, and shares that are alike
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    mine, found = distributed.share(order), []
-    for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
-        batch = batch_of(model, [examples[mine[i]] for i in indices])
-        del batch["labels"]
-        logits = model(**batch).logits  # (b, labels)
-        found += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
-    model.train(training)
-    parts = distributed.gather(dict(zip(mine, found, strict=True)))  # index -> prediction
-    by_index = {i: prediction for part in parts for i, prediction in part.items()}
-    return [by_index[i] for i in range(len(examples))]
-
-
-def evaluate(model, task, examples):
-    """The task's metrics on encoded examples."""
-    labels = [example["label"] for example in examples]
-    return glue.metrics(task, predict(model, task, examples), labels)
+            runs.save(run)
 
 
 def evaluate_test(run):
@@ -339,34 +263,7 @@ def evaluate_test(run):
     run.test_predictions = separator.join(map(str, predictions))
 
 
-# --------------------------------------------------------------------------------- the run's folder
-
-
-def save(run):
-    """Write a checkpoint; every process calls this, the first one writes."""
-    generators = distributed.gather(checkpoint.random_state(run.device))
-    if distributed.rank() == 0:
-        state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
-        state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
-        lines = len(run_folder.read_log(run.folder))
-        checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
-
-
-PROGRESS = {  # what a checkpoint says of how far a run is
-    "position": ("epoch", "step_in_epoch", "step"),
-    "metrics": ("best", "last", "seconds", "score_seconds"),
-}
-
-
-def restore(run, state):
-    """Put a checkpoint back into a Run that set_up made from the same flags. ValueError: others."""
-    single_ranks.shrink_to(run.model, state["parameters"])
-    run.optimizer = make_optimizer(run.model, run.args)
-    parts = (run.model, run.optimizer, run.plan, run.delta)
-    note = checkpoint.restore(state, *parts, run.device, run.args.seed)
-    run.notes += [note] if note and not run.args.eval_only else []
-    for name, value in {**state["position"], **state["metrics"]}.items():
-        setattr(run, name, value)
+# --------------------------------------------------------------------------------------------- main
 
 
 def prepare(args, stack):
@@ -386,59 +283,23 @@ def prepare(args, stack):
         stored, note = checkpoint.read_last(Path(args.resume))
         run.notes += [note] if note else []
         if stored:
-            restore(run, stored)
+            single_ranks.shrink_to(run.model, stored["parameters"])
+            run.optimizer = make_optimizer(run.model, args)
+            note = runs.restore(run, stored, args.seed)
+            run.notes += [note] if note and not args.eval_only else []
         elif args.eval_only:
             raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
         if writes:
             run.folder = Path(args.resume)
             run_folder.truncate_log(run.folder, stored["log_lines"] if stored else 0)
             if run.plan and run.plan.history:
-                write_history(run)
+                runs.write_history(run)
         return run
     run = set_up(args)
     if writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
         run.folder = run_folder.create(folder, stack, flags.stored(args))
     return run
-
-
-def finish(run):
-    """Write the adapter and the last line of the log; return the table that is printed."""
-    pairs = run.delta.export() if run.delta else None
-    lora.save_adapter(run.model, run.folder, pairs)
-    counts = lora.count_trainable(run.model)
-    head = sum(counts[module] for module in run.model.head)
-    adapters = sum(counts.values()) - head
-    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
-        log(
-            run,
-            "done",
-            **run.last,
-            dev=run.last,
-            test=run.test_metrics,
-            test_predictions=run.test_predictions,
-            best=run.best,
-            trainable={"adapters": adapters, "head": head},
-            seconds=round(run.seconds, 2),
-            score_seconds=round(run.score_seconds, 2),
-        )
-    costs = run.plan.costs if run.plan else {}
-    return report.table(
-        method=flags.describe(run.args),
-        adapters=adapters,
-        head=head,
-        last=run.last,
-        best=run.best,
-        test=run.test_metrics,
-        seconds=run.seconds,
-        score_seconds=run.score_seconds,
-        decisions=len(run.plan.history) if run.plan else 0,
-        folder=run.folder,
-        control=flags.equal_budget_control(run.args, adapters, costs) if run.plan else None,
-    )
-
-
-# --------------------------------------------------------------------------------------------- main
 
 
 def dry_run(run):
@@ -501,7 +362,11 @@ def carry_out(run):
         if not run.stop:
             evaluate_test(run)
         if not run.stop and distributed.rank() == 0:
-            print(finish(run))
+            control = None
+            if run.plan:
+                spent = runs.counts(run.model)[0]
+                control = flags.equal_budget_control(run.args, spent, run.plan.costs)
+            print(runs.finish(run, flags.describe(run.args), control))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():

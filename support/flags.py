@@ -106,10 +106,10 @@ FLAGS = {  # name: (type, default, help)
         f"what a module is scored by: {', '.join(proxies.PROXIES)}; or a baseline: "
         f"{', '.join(allocate.BASELINES)}",
     ),
-    "keep": (number(float, 0, 1), 0.25, "budget as the fraction of modules that stay on"),
+    "keep": (number(float, 0, 1), 0.5, "budget as the fraction of modules that stay on"),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
     "per-rank": (one_of("yes", "no"), "no", "yes = spend --budget-params on ranks, static only"),
-    "every": (number(float, 1e-9), 1.0, "epochs between two decisions, counted inside each epoch"),
+    "every": (number(float, 1e-9), 0.5, "epochs between two decisions, counted inside each epoch"),
     "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
     "ranking": (
         one_of("together", "apart"),
@@ -119,21 +119,22 @@ FLAGS = {  # name: (type, default, help)
     "delta-ratio": (number(float, -1e6, 1e6), 0.0, "Delta-LoRA's lambda; 0 = the weights stay"),
     "delta-start": (
         number(int, -1),
-        0,
-        "Delta-LoRA's K: weights first move after step K + 2; -1 = from the first step",
+        None,
+        "Delta-LoRA's K: weights first move after step K + 2; -1 = from the first step (default: "
+        "a third of the first epoch)",
     ),
     "delta-lazy": (
         one_of("yes", "no"),
         "no",
         "yes = leave the weights alone, add the same change in the forward pass",
     ),
-    "epochs": (number(int, 1), 5, "passes over the training data"),
+    "epochs": (number(int, 1), 3, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
     "lr": (number(float, 0), 1e-3, "learning rate of AdamW"),
     "weight-decay": (number(float, 0), 0.01, "decoupled weight decay of AdamW"),
-    "schedule": (one_of("constant", "linear"), "constant", "learning rate after the warm-up"),
-    "warmup": (number(int, 0), 0, "steps over which the learning rate rises from 0"),
+    "schedule": (one_of("constant", "linear"), "linear", "learning rate after the warm-up"),
+    "warmup": (number(int, 0), 30, "steps over which the learning rate rises from 0"),
     "clip": (number(float, 0), 0.0, "largest gradient norm; 0 = no clipping"),
     "dropout": (number(float, 0, 1, True), 0.0, "dropout of the backbone"),
     "max-length": (
@@ -154,25 +155,23 @@ RELEASED = {  # the authors' MRPC runs with shortcuts (OPT-350M)
     "lr": 2e-4,
     "weight_decay": 0.01,
     "schedule": "constant",
+    "warmup": 0,
     "batch_size": 8,
     "epochs": 20,
 }
+LORA = {"allocate": "none", "shortcuts": "none"}
+GRAD_NORM = {"r": 8, "allocate": "dynamic", "proxy": "grad_norm", "keep": 0.25, "every": 0.2}
 PRESETS = {
-    "lora": {"allocate": "none", "shortcuts": "none"},  # plain LoRA, every module on
-    "heterolora": {  # a quarter of the modules at rank 8, chosen anew five times an epoch
-        **RELEASED,
-        "r": 8,
-        "allocate": "dynamic",
-        "proxy": "grad_norm",
-        "keep": 0.25,
-        "every": 0.2,
-        "score_batches": 32,
-        "ranking": "together",
-    },
-    "uniform-r2": {**RELEASED, "r": 2, "allocate": "none"},  # the same budget, spread evenly
+    "lora": LORA,  # plain LoRA, every module on
+    "heterolora": GRAD_NORM,  # the paper's: a quarter of the modules, chosen five times an epoch
+    # the budget of heterolora, spread evenly at the same scaling alpha / r
+    "uniform-r2": {"r": 2, "lora_alpha": 4.0, "shortcut_alpha": 1.0, "allocate": "none"},
+    "delta-lora": {**LORA, "delta_ratio": 2.0, "lr": 5e-4},  # K: a third of the first epoch
+    "heterolora-released": {**RELEASED, **GRAD_NORM, "score_batches": 32},
+    "uniform-r2-released": {**RELEASED, "r": 2, "allocate": "none"},
+    # The only values for Delta-LoRA that can be sourced: Algorithm 1's "in experiments".
+    "delta-lora-released": {**LORA, "r": 8, "delta_ratio": 2.0, "delta_start": 500},
 }
-# The only values for Delta-LoRA that can be sourced (reference: Algorithm 1's "in experiments").
-PRESETS["delta-lora"] = {**PRESETS["lora"], "r": 8, "delta_ratio": 2.0, "delta_start": 500}
 # Flags that may stand beside --resume.
 RESUMABLE = ("resume", "eval_only", "test", "device", "data_dir")
 

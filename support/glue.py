@@ -14,16 +14,14 @@ What this file does not do: WordPiece or BPE themselves (tokenizers does), augme
 """
 
 import dataclasses
-import json
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from support import download
+from support.errors import one_line
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "paraphrase"
 GROUP = 50  # batches that are sorted by length together
@@ -221,7 +219,7 @@ def read_tsv(path, task):
         if absent:
             raise ValueError(
                 f"{path}:1: no column {absent[0]!r} in the header; it has: "
-                f"{', '.join(rows[0])[:200]}"
+                f"{one_line(', '.join(rows[0]))}"
             )
         wanted, first = tuple(rows[0].index(c) for c in wanted), 2
     *columns, label = wanted
@@ -258,29 +256,38 @@ def read_label(text, task, where):
 
 
 def load_from_hub(name, splits):
-    """Splits of a GLUE task from nyu-mll/glue, kept in the cache: a second call asks nobody."""
-    task = TASKS[name]
-    file_name = f"{name}.json" if "train" in splits else f"{name}-{'-'.join(splits)}.json"
-    path = download.cache_folder("glue", file_name)
-    if not path.is_file():
-        if not download.hub_reachable():
-            raise ConnectionError(
-                f"task {name} is not in the cache and the Hugging Face hub does not answer: get "
-                f"GLUE's {task.folder} folder (train.tsv, {task.dev}), give it with --data-dir DIR"
-            )
-        import datasets
+    """Splits of a GLUE task from nyu-mll/glue: lists of (texts, label), as load_task gives them.
 
-        with download.fetching(f"task {name}"):
-            found = datasets.load_dataset("nyu-mll/glue", name)
-        rows = [
-            [[[row[c] for c in task.hub_columns], row["label"]] for row in found[split]]
-            for split in splits
-        ]
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(rows, file)
-        os.replace(file.name, path)
-    stored = json.loads(path.read_text())
-    return [[(tuple(texts), label) for texts, label in split] for split in stored]
+    Parquet files in huggingface_hub's cache, read by datasets; a second call asks nobody.
+
+    Args:
+        name: a key of TASKS. splits: the hub's names of the splits.
+
+    Raises:
+        ConnectionError: not in the cache, and the hub does not answer or would not give it.
+        FileNotFoundError, ValueError: what came has no such split, or cannot be read.
+    """
+    task = TASKS[name]
+    folder = download.snapshot(
+        "nyu-mll/glue",
+        [f"{name}/*.parquet"],
+        f"task {name}",
+        f"get GLUE's {task.folder} folder (train.tsv, {task.dev}), give it with --data-dir DIR",
+        repo_type="dataset",
+    )
+    import datasets
+
+    found = []
+    for split in splits:
+        files = sorted(str(path) for path in folder.glob(f"{name}/{split}-*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no {name}/{split}-*.parquet")
+        try:
+            rows = datasets.Dataset.from_parquet(files).select_columns([*task.hub_columns, "label"])
+        except Exception as error:  # pyarrow and datasets have kinds of their own
+            raise ValueError(f"{files[0]} cannot be read: {one_line(error)}") from error
+        found.append([(tuple(row[c] for c in task.hub_columns), row["label"]) for row in rows])
+    return found
 
 
 # --------------------------------------------------------------------------------------- tokenising

@@ -28,7 +28,8 @@ LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
 PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.py"
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
-PEFT, ORACLE = "test_peft_io.py", "test_oracle.py"
+PEFT, ORACLE = "test_peft.py", "test_oracle.py"
+FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
@@ -56,12 +57,12 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "self.shortcut_ffn, previous_ffn_input, self.attn_norm)", "self.shortcut_ffn, sa_input, self.attn_norm)", "shortcut_ffn from this block", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "return norm(x) if self.config", "return norm(norm(x)) if self.config", "reuse normalises twice", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.enabled and self.config.shortcut_norm", "reuse only where the shortcut is on", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
-    ("model.py", "is_causal=causal,", "is_causal=False,", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "attn_mask=None if causal else key_mask", "attn_mask=None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "is_causal=causal)", "is_causal=False)", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "q = self.split_heads(self.q_proj(queries))", "q = self.split_heads(self.q_proj(queries)) * 0.5", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
-    ("model.py", "+ self.config.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "+ c.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() ** 2 + b.norm() ** 2).sqrt().item()", "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
@@ -128,6 +129,23 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "name.rpartition(\".\")[0] in on]", "True]", "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("model.py", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -1.0)", "padding is attended to a little", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    # ------------------------------------------------------------------------- model folders, families
+    ("model.py", "    hf_folder.check_sizes(tensors, config)\n", "", "sizes of config.json unchecked", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("model.py", 'weight.dtype == torch.float16', 'weight.dtype == torch.float64', "float16 is computed with", f"{MODEL}::test_weights_that_cannot_be_computed_with"),
+    ("model.py", "if not config.pooler_in_head:", "if config.pooler_in_head:", "BERT's own pooler is trained as head", f"{FOLDER}::test_pooler_that_came_is_backbone_and_a_fresh_one_is_head"),
+    ("support/families.py", 'fields["pad_token_id"] + 1', 'fields["pad_token_id"]', "RoBERTa's positions from pad", f"{FOLDER}::test_roberta_layout_has_no_pooler_and_brings_an_lm_head"),
+    ("support/families.py", 'fields["pre_ln"] and kept', 'kept', "a last norm in OPT-350m", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/families.py", 'or 0)', 'and 0)', "GPT-2 pads with 0, not with eos", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/hf_folder.py", "tensor = tensor.T  #", "tensor = tensor  #", "Conv1D not transposed", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "record.fused.index(place)]", "0]", "q, k and v are all q", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
+    ("support/hf_folder.py", "len(found) < c.num_layers", "len(found) < 0", "layers that no tensor has", f"{READERS}::test_sizes_that_no_tensor_confirms"),
+    ("support/hf_folder.py", "not tensor.isfinite().all()", "not stored.isfinite().all()", "overflow on the way to float32", f"{READERS}::test_tensors_that_are_no_plain_numbers"),
+    ("support/hf_folder.py", "    except RecursionError as error:", "    except KeyError as error:", "brackets in brackets", f"{READERS}::test_brackets_in_brackets"),
+    ("support/hf_folder.py", "if not isinstance(shard, str)]", "if shard is None]", "an index that names no files", f"{READERS}::test_index_of_shards"),
+    ("support/hf_folder.py", 'r"GLOBAL ([\\w.]+)|(TorchScript)"', 'r"(nothing)|(at all)"', "a pickle with code is called damaged", f"{READERS}::test_pickles_with_code"),
+    ("support/errors.py", '" ".join(said[: 20 * limit].split())', "said", "messages keep their line breaks, escaped", f"{READERS}::test_one_line_of_what_others_say"),
+    ("support/download.py", "        huggingface_hub.get_cached_repo_tree(repo, **how)  #", "        #", "a part of a model taken for the whole", f"{FOLDER}::test_a_part_of_a_model_is_not_taken_for_the_whole"),
+    ("support/download.py", "revision or REVISIONS.get(repo)", "revision", "the newest in place of the pinned", f"{FOLDER}::test_fetching_from_the_hub"),
     # ------------------------------------------------------------------- runs.py, distributed.py, state.py
     ("runs.py", "if hashlib.sha256(body).digest() != digest:", "if False:", "damaged checkpoints are read", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
     ("runs.py", '        os.replace(path, folder / "checkpoint.previous.pt")\n', "        pass\n", "no checkpoint before the last", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
@@ -151,11 +169,20 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "for batch in batches)\n    sums =", "for batch in distributed.share(batches))\n    sums =", "each share is a mean of its own", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
     ("proxies.py", "    for batch in distributed.share(batches):\n        # L =", "    for batch in batches:\n        # L =", "every process scores all batches", f"{DISTRIBUTED}::test_each_batch_is_scored_by_one_process"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
-    ("tools/peft_out.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
-    ("tools/peft_out.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
-    ("tools/peft_out.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
-    ("tools/peft_in.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
-    ("tools/peft_in.py", 're.match(rf"(.*\\.)?({key})$", path)', 're.match(rf"(.*)?({key})$", path)', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
+    ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
+    ("tools/peft/writing.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
+    ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
+    ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
+    ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "    number = isinstance(value, int | float) and not isinstance(value, bool)", "    number = isinstance(value, int | float)", "true is an alpha", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
+    ("tools/peft/config.py", "field not in FIELDS and field not in IGNORED and value", "field.startswith('use_') and value and field not in FIELDS", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
+    ("tools/peft/reading.py", "        if shape != wanted:", "        if shape[0] != wanted[0]:", "a wrong input width passes", f"{PEFT}::test_only_the_input_width_is_wrong"),
+    ("tools/peft/commands.py", "problems += reading.fit(config, pairs, head, model)[2]", "reading.fit(config, pairs, head, model)", "inspect looks away from the model", f"{PEFT}::test_a_folder_for_another_model"),
+    ("tools/plot.py", "-flags[\"lora_alpha\"] / flags[\"r\"] * now_B", "-now_B", "the change of W with B A of scale 1 taken off", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/plot.py", "if state[\"on\"][name]:", "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
+    ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ("tools/oracle.py", "largest = expected.abs().max().item() or 1.0", "largest = 1e6", "errors look small", f"{ORACLE}::test_errors_between_results"),
 ]
 # fmt: on
@@ -217,7 +244,7 @@ def main(words):
                 if pid:
                     running[pid] = mutant, root, report
                 else:
-                    print(f"{mutant[0]:<19}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+                    print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
                     copies.append(root)
             if running:
                 pid, status = os.wait()
@@ -227,7 +254,7 @@ def main(words):
                 with report:
                     said = verdict(status, report)
                 killed += said.startswith("killed")
-                print(f"{mutant[0]:<19}{mutant[3]:<52}{said}", flush=True)
+                print(f"{mutant[0]:<24}{mutant[3]:<52}{said}", flush=True)
     print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
     return 1 if killed < total or not total else 0
 

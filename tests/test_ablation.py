@@ -12,13 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 
-import ablation
 import dense
 import lora
 import proxies
 import tiny
 import train
 from support import run_folder
+from tools import ablation
 
 DEV = 10
 NAMES = [f"layers.{i}.{place}" for i in range(4) for place in ("q_proj", "v_proj")]

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import compare
-import compare_report
 from support import flags as flags_module
+from tools import compare, compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
 ARM = '[[arms]]\nname = "{}"\nspace = "s"\nflags = "--r {}"\nlrs = [1e-3, 3e-3]\n{}\n'

@@ -10,9 +10,9 @@ import lora
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
-from faults import same
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
+from tools.faults import same
 
 TARGETS = ("q_proj", "fc1")
 
@@ -486,8 +486,14 @@ def test_the_adapter_file_is_the_whole_truth(flags, tmp_path):
 
 def test_preset_and_conflicts(flags, tmp_path, capsys):
     args = parse_flags(["--preset", "delta-lora"])
-    assert (args.delta_ratio, args.delta_start, args.r) == (2.0, 500, 8)
-    assert (args.allocate, args.shortcuts) == ("none", "none")
+    assert (args.delta_ratio, args.delta_start, args.allocate, args.shortcuts) == (
+        *(2.0, None),  # K: a third of the first epoch, which is not known yet
+        *("none", "none"),
+    )
+    released = parse_flags(["--preset", "delta-lora-released"])
+    assert (released.delta_ratio, released.delta_start, released.r) == (2.0, 500, 8)
+    run = train.set_up(parse_flags([f for f in flags if f not in ("--delta-start", "1")]))
+    assert run.delta.start == len(train.epoch_steps(run, 0)) // 3 == run.args.delta_start > 0
     for extra, message in (
         ("--lora-dropout 0.1", "--delta-ratio needs --lora-dropout 0"),
         ("--delta-ratio 0", "need --delta-ratio other than 0"),

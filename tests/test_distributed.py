@@ -238,7 +238,7 @@ def test_one_process_is_asked_to_stop_and_all_do(argv, tmp_path, monkeypatch, mo
 
     Before the sum: test_a_run_goes_on_with_another_number_of_processes.
     """
-    begin, save, out = train.train_step, train.save, tmp_path / "run"
+    begin, save, out = train.train_step, train.runs.save, tmp_path / "run"
 
     def asked(run):
         if run.step == 10 and distributed.rank() == 1:
@@ -250,7 +250,7 @@ def test_one_process_is_asked_to_stop_and_all_do(argv, tmp_path, monkeypatch, mo
         return begin(run, group, lr)
 
     if moment == "last checkpoint":
-        monkeypatch.setattr(train, "save", asked)
+        monkeypatch.setattr(train.runs, "save", asked)
     else:
         monkeypatch.setattr(train, "train_step", stepped)
     words = [*argv, "--epochs", "2", "--out", str(out)]

@@ -13,9 +13,9 @@ import torch
 import lora
 import tiny
 import train
-from faults import outcome, same
 from model import load_pretrained
 from support import checkpoint, glue, hf_folder
+from tools.faults import outcome, same
 
 ROOT = Path(train.__file__).parent
 

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-import faults
 import tiny
 import train
 from support import run_folder
+from tools import faults
 
 
 @pytest.mark.parametrize("name", faults.METHODS)

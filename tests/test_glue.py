@@ -98,39 +98,31 @@ def test_without_hub_and_folder_one_line_says_how_to_get_the_data(tmp_path, monk
     assert "\n" not in str(error.value)
 
 
-def test_a_hub_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+def test_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """The hub's columns are read by name, out of its cache, and the hub itself is not asked."""
     import datasets
+    import huggingface_hub.constants
 
-    def load_dataset(_repo, _name):
-        raise RuntimeError("reset by peer")
+    def write(folder):
+        (folder / "mnli").mkdir()
+        for split, n in (("train", 2), ("validation_matched", 1), ("validation_mismatched", 1)):
+            rows = {"premise": ["A"] * n, "label": [2] * n, "hypothesis": ["B"] * n}
+            rows["idx"] = list(range(n))
+            path = folder / "mnli" / f"{split}-00000-of-00001.parquet"
+            datasets.Dataset.from_dict(rows).to_parquet(path)
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(download, "hub_reachable", lambda: True)
-    with pytest.raises(ConnectionError, match="the hub would not give task mnli: reset by peer"):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(download, "hub_reachable", lambda: pytest.fail("asked"))
+    folder = tiny.hub_cache(tmp_path, "nyu-mll/glue", write, "dataset", ["rte/train-0.parquet"])
+    assert glue.load_task("mnli") == ([(("A", "B"), 2)] * 2, [(("A", "B"), 2)])
+    (folder / "mnli" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(ValueError, match=r"train-\S+\.parquet cannot be read: .") as error:
         glue.load_task("mnli")
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_from_the_hub_once_then_from_the_cache(tmp_path, monkeypatch):
-    """The hub's columns are read by name, kept in the cache, and a second call asks nobody."""
-    import datasets
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    row = {"premise": "A", "hypothesis": "B", "label": 2, "idx": 0}
-    calls = []
-
-    def load_dataset(repo, name):
-        calls.append((repo, name))
-        return {"train": [row, row], "validation_matched": [row], "validation_mismatched": []}
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(download, "hub_reachable", lambda: True)
-    expected = ([(("A", "B"), 2)] * 2, [(("A", "B"), 2)])
-    assert glue.load_task("mnli") == expected
-    monkeypatch.setattr(download, "hub_reachable", lambda: pytest.fail("asked again"))
-    assert glue.load_task("mnli") == expected
-    assert calls == [("nyu-mll/glue", "mnli")]
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(download, "hub_reachable", lambda: False)
+    with pytest.raises(ConnectionError, match=r"task rte is neither here .* --data-dir DIR"):
+        glue.load_task("rte")
 
 
 # ----------------------------------------------------------------------------- tokenising, batching
@@ -246,9 +238,9 @@ def embedded_rows(name):
 
 
 def test_the_embedded_task_keeps_its_promises():
-    """At least 480 + 120 pairs, half and half; no pair, sentence or subject in both splits."""
+    """1332 + 360 pairs, half and half; no pair, sentence or subject in both splits."""
     splits = {name: embedded_rows(name) for name in ("train", "dev")}
-    assert len(splits["train"]) >= 480 and len(splits["dev"]) >= 120
+    assert (len(splits["train"]), len(splits["dev"])) == (1332, 360)
     for rows in splits.values():
         assert 2 * sum(r[0] == "1" for r in rows) == len(rows)
         assert len({frozenset(r[3:]) for r in rows}) == len(rows)
@@ -257,7 +249,7 @@ def test_the_embedded_task_keeps_its_promises():
     subjects = [{int(i) // 10 for r in rows for i in r[1:3]} for rows in splits.values()]
     assert not sentences[0] & sentences[1]
     assert not subjects[0] & subjects[1]
-    assert len(subjects[0]) >= 100 and len(subjects[1]) >= 30
+    assert (len(subjects[0]), len(subjects[1])) == (262, 70)
 
 
 def test_word_overlap_does_not_decide_the_embedded_task():

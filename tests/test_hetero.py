@@ -11,10 +11,10 @@ import allocate
 import lora
 import tiny
 import train
-from faults import same
 from support import checkpoint, run_folder
 from support.flags import PRESETS, parse_flags
 from test_train import whole_and_interrupted
+from tools.faults import same
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def flags(tmp_path):
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.01"
     )
-    return [*text.split(), "--log-every", "1", "--device", "cpu", "--every", "0.4"]
+    more = "--log-every 1 --device cpu --schedule constant --warmup 0 --every 0.4 --keep 0.25"
+    return [*text.split(), *more.split()]
 
 
 def history(folder):
@@ -174,7 +175,7 @@ def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, caps
     """fc1 costs 2 (12 + 20) = 64, the rest 48; 200 is spent as well as it can be."""
     out = tmp_path / "run"
     extra = ["--targets", "q_proj,fc1", "--budget-params", "200", "--allocate", "static"]
-    assert train.main([*flags, *extra, "--out", str(out)]) == 0
+    assert train.main([*flags[:-2], *extra, "--out", str(out)]) == 0
     (decision,) = history(out)
     costs = json.loads((out / "allocation.json").read_text())["costs"]
     spent = sum(costs[n] for n in on_set(decision))
@@ -185,7 +186,7 @@ def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, caps
 
 def test_ranks_within_a_budget(flags, tmp_path, monkeypatch):
     """Each module has its own rank, the scaling of the full rank; resumption knows both."""
-    flags = [f for f in flags if f not in ("--every", "0.4")]
+    flags = flags[:-4]  # without --every and --keep
     out = tmp_path / "run"
     extra = ["--r", "4", "--budget-params", "600", "--allocate", "static", "--per-rank", "yes"]
     assert train.main([*flags, *extra, "--out", str(out)]) == 0
@@ -218,16 +219,17 @@ def test_kept_ranks_compute_what_they_did():
 
 
 def test_presets_are_the_released_settings():
-    args = parse_flags(["--preset", "heterolora"])
+    args = parse_flags(["--preset", "heterolora-released"])
     expected = dict(r=8, lora_alpha=16, shortcut_alpha=4, keep=0.25, every=0.2, score_batches=32)
     expected |= dict(proxy="grad_norm", allocate="dynamic", shortcuts="all", weight_decay=0.01)
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.targets == ["q_proj", "v_proj"] and args.schedule == "constant"
-    uniform = parse_flags(["--preset", "uniform-r2", "--epochs", "3"])
+    uniform = parse_flags(["--preset", "uniform-r2-released", "--epochs", "3"])
     assert (uniform.r, uniform.allocate, uniform.epochs, uniform.shortcuts) == (2, "none", 3, "all")
     differ = {k for k, v in vars(uniform).items() if v != getattr(args, k)}
-    assert differ <= {"r", "allocate", "preset", "epochs", "every", "score_batches"}
-    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2", "delta-lora"}
+    assert differ <= {"r", "allocate", "preset", "epochs", "every", "score_batches", "keep"}
+    released = {"heterolora-released", "uniform-r2-released", "delta-lora-released"}
+    assert set(PRESETS) == {"lora", "heterolora", "uniform-r2", "delta-lora"} | released
 
 
 def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys, monkeypatch):
@@ -268,7 +270,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
     import re
 
     monkeypatch.chdir(tmp_path)
-    flags = [f for f in flags if f not in ("--every", "0.4")]
+    flags = flags[:-4]  # without --every and --keep
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*flags, *extra.split()]) == 2
     error = capsys.readouterr().err
@@ -280,7 +282,7 @@ def test_conflicts_are_one_line(flags, tmp_path, monkeypatch, capsys, extra, mes
 def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     import matplotlib.pyplot as plt
 
-    import plot
+    from tools import plot
 
     out = tmp_path / "run"
     train.main([*flags, "--allocate", mode, "--out", str(out)])
@@ -288,4 +290,4 @@ def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     picture = plt.imread(out / "allocation.png")
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert plot.main([str(tmp_path)]) == 2
-    assert "has no allocation.json" in capsys.readouterr().err
+    assert "is no run folder" in capsys.readouterr().err

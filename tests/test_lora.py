@@ -227,3 +227,83 @@ def test_branch_dropout_acts_on_the_input_and_in_train_mode_only():
     torch.testing.assert_close(mean, clean, rtol=0, atol=0.05)
     zeros = torch.zeros_like(x)
     assert torch.equal(layer(zeros), layer.base(zeros))
+
+
+# ------------------------------------------------------------------------------------ adapter files
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_saved_adapter_in_a_fresh_model_gives_the_same_logits(family, tmp_path):
+    """Two lines: with shortcuts, switches, ranks that differ, and the head."""
+    m = tiny.adapted(family, shortcuts=lora.SHORTCUTS["all"])
+    layers = lora.adapters(m)
+    lora.switch(m, set(list(layers)[::2]))
+    layers["layers.1.k_proj"].keep_ranks([0, 2])
+    lora.save_adapter(m, tmp_path)
+    fresh = tiny.model(family)
+    for name in fresh.head:
+        tiny.randomise(fresh.get_submodule(name).parameters(), seed=9)
+    before = torch.get_rng_state()
+    lora.load_adapter(fresh, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    batch = tiny.batch(m.config)
+    assert torch.equal(fresh(**batch).logits, m(**batch).logits)
+    assert {n: a.enabled for n, a in lora.adapters(fresh).items()} == {
+        n: a.enabled for n, a in layers.items()
+    }
+    assert not any(p.requires_grad for p in fresh.parameters())
+
+
+def test_delta_loras_pairs_come_back_at_rank_2r(tmp_path):
+    from delta_lora import DeltaLoRA
+
+    m = tiny.adapted("bert", r=8)
+    delta = DeltaLoRA(m, 1.5, start=0)
+    for i in range(4):
+        delta.before_step()
+        tiny.randomise([p for n, p in lora.trainable(m).items() if "lora_" in n], seed=20 + i)
+        delta.after_step()
+    lora.save_adapter(m, tmp_path / "a.safetensors", delta.export())
+    fresh = tiny.model("bert")
+    layers = lora.load_adapter(fresh, tmp_path / "a.safetensors")
+    assert {layer.r for layer in layers.values()} == {16}  # more than the 12 features
+    batch = tiny.batch(m.config)
+    torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-10)
+
+
+def test_adapter_files_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
+    m = tiny.adapted("bert", targets=("q_proj", "fc1"))
+    lora.save_adapter(m, tmp_path / "good.safetensors")
+    norm = tiny.adapted("bert", shortcuts=("shortcut_sa",), shortcut_norm="reuse")
+    lora.save_adapter(norm, tmp_path / "norm.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, model, message in (
+        ("good", tiny.model("bert", hidden_size=6, num_heads=2), r"lora_A is \(3, 12\), not \(3"),
+        ("good", tiny.model("bert", num_layers=2), "adapts layers.2.q_proj, which this model"),
+        ("good", tiny.model("bert", num_labels=4), "classifier"),
+        ("norm", tiny.model("bert"), "trained with shortcut_norm 'reuse'"),
+        ("text", tiny.model("bert"), "is no adapter of this program"),
+        ("good", m, "has LoRA modules already"),
+    ):
+        before = list(model.state_dict())
+        with pytest.raises(ValueError, match=message) as error:
+            lora.load_adapter(model, tmp_path / f"{name}.safetensors")
+        assert list(model.state_dict()) == before and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no adapter at"):
+        lora.load_adapter(tiny.model("bert"), tmp_path / "none")
+
+
+def test_state_dict_carries_the_switches_and_refuses_merged_into_unmerged():
+    m, batch = tiny.adapted("bert"), tiny.batch(tiny.config("bert"))
+    lora.switch(m, set(list(lora.adapters(m))[::3]))
+    other = tiny.adapted("bert", seed=5)
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other(**batch).logits, m(**batch).logits)
+    lora.merge(m)
+    with pytest.raises(ValueError, match="call unmerge"):
+        other.load_state_dict(m.state_dict())
+    assert all(
+        "lora_" in key
+        for key in set(m.state_dict()) - set(tiny.model("bert").state_dict())
+        if ".base." not in key
+    )

@@ -113,7 +113,7 @@ def test_too_long_is_refused():
     [
         ({"model_type": "llama"}, "model_type 'llama' is not implemented"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
-        ({"hidden_act": "silu"}, "activation 'silu' is not implemented"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of relu, gelu"),
         ({"is_decoder": True}, "is_decoder = True"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"hidden_size": 13}, "hidden_size 13 is not a multiple of num_heads 3"),
@@ -136,12 +136,30 @@ def test_config_is_refused_by_name(change, message):
         ),
         ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
         ({"model_type": "opt", "enable_bias": False}, "enable_bias = False"),
-        ({"model_type": "opt", "activation_function": "swish"}, "activation 'swish'"),
+        (
+            {
+                **tiny.BERT_CONFIG,
+                "model_type": "opt",
+                "ffn_dim": 20,
+                "activation_function": "swish",
+            },
+            "activation_function is 'swish'",
+        ),
     ],
 )
 def test_features_of_other_families_are_refused(hf, message):
     with pytest.raises(ValueError, match=message):
         Config.from_hf(hf)
+
+
+def test_weights_that_cannot_be_computed_with():
+    """A clear word in place of NaN losses, or of a message about devices."""
+    batch = tiny.batch(tiny.config("bert"))
+    with pytest.raises(ValueError, match="float16"):
+        tiny.model("bert", dtype=torch.float16)(**batch)
+    with pytest.raises(ValueError, match=r"no weights \(device"):
+        tiny.model("bert").to("meta")(**batch)
+    assert tiny.model("bert", dtype=torch.bfloat16)(**batch).loss.isfinite()
 
 
 def test_lm_head_needs_a_causal_family():

@@ -1,56 +1,100 @@
-"""tools/oracle.py: the shipped vectors against an independent derivation, and the diagnosis."""
+"""tools/oracle: the cases against independent derivations, and the diagnosis of mistakes."""
 
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import dense_candidate
-from tools.oracle import __main__ as oracle
-from tools.oracle import causes, ours
+from tools.oracle import causes, check, golden, ours, wrong_runs
+from tools.oracle.__main__ import GOLDEN, main
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = {content["name"]: (content, tensors) for content, tensors in oracle.read(GOLDEN)}
+CASES = {content["name"]: (content, tensors) for content, tensors in golden.read(GOLDEN)}
+FUNCTIONS = list(dict.fromkeys(content["function"] for content, _ in CASES.values()))
+
+
+def right_answer(name):
+    """(arguments in float64, what a right candidate returns)."""
+    content, tensors = CASES[name]
+    arguments = golden.restore(content["arguments"], tensors, torch.float64)
+    return arguments, golden.restore(content["expected"], tensors)
+
+
+# ---------------------------------------------------------------------------------------- the cases
 
 
 def test_an_independent_candidate_passes():
     """Closed forms, dense matrices, brute force; in float64."""
-    verdicts = {}
-    for name, (content, tensors) in CASES.items():
-        verdicts[name] = oracle.judge(dense_candidate, content, tensors, "float64")[2:]
-    assert not {name: v for name, v in verdicts.items() if v[0] == "FAIL"}
-    passed = {name for name, v in verdicts.items() if v[0] == "pass"}
-    kinds = {CASES[name][0]["function"] for name in passed}
-    assert kinds == set(oracle_kinds()) - {"rank_scores", "train"}
+    rows = [check.judge(dense_candidate, *case, "float64") for case in CASES.values()]
+    assert not {row.content["name"]: row.reason for row in rows if row.verdict == "FAIL"}
+    assert {row.function for row in rows if row.verdict == "pass"} == set(FUNCTIONS) - {"train"}
 
 
-def oracle_kinds():
-    return {content["function"] for content, _ in CASES.values()}
+@pytest.mark.parametrize("case", ["run", "short_run"])
+def test_runs_equal_a_loop_written_out(case):
+    """AdamW, scores and the change of W without torch.optim, proxies.py and delta_lora.py."""
+    arguments, expected = right_answer(case)
+    settings, batches = arguments.pop("settings"), arguments.pop("batches")
+    if case == "run":
+        model, paths = ours.build(**arguments)
+        names = dict(paths)
+    else:
+        model = ours.Network(**arguments)
+        names = {name: i for i, name in enumerate(ours.lora.adapters(model))}
+    losses, on = wrong_runs.run(wrong_runs.NO_MISTAKE, model, batches, settings)
+    assert check.error_of(losses, expected["losses"])[0] < 1e-12
+    assert [sorted(names[n] for n in chosen) for chosen in on] == expected["on"]
+    for name, layer in ours.lora.adapters(model).items():
+        pair = expected["adapters"][names[name]]
+        assert check.error_of(ours.pair_of(layer), pair)[0] < 1e-11
+        if isinstance(layer.base, torch.nn.Linear):
+            weight = expected["weights"][names[name]]
+            assert check.error_of(layer.base.weight, weight)[0] < 1e-11
+
+
+@pytest.mark.parametrize("case", ["run", "short_run"])
+def test_in_each_run_something_goes_off_and_returns(case):
+    arguments, expected = right_answer(case)
+    on = [set(decision) for decision in expected["on"]]
+    everything = set.union(*on)
+    assert all(decision != everything for decision in on)
+    returns = [
+        name
+        for name in everything
+        for i in range(1, len(on))
+        if name in on[i] and name not in on[i - 1] and any(name in d for d in on[: i - 1])
+    ]
+    assert returns
+    settings = arguments["settings"]
+    assert settings["adamw"]["weight_decay"] and settings["delta_ratio"]
+    assert len({len(batch["labels"]) for batch in arguments["batches"]}) > 1
 
 
 def test_the_same_export_gives_the_same_bytes(tmp_path):
     """Twice on this machine; and the shipped files: inputs to the bit, results to rounding."""
-    oracle.export(tmp_path / "a")
     command = [sys.executable, "-m", "tools.oracle", "export", str(tmp_path / "b")]
     environment = {**os.environ, "PYTHONHASHSEED": "9"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    golden.export(tmp_path / "a")
+    assert other.wait() == 0
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == sorted(p.name for p in GOLDEN.iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    for content, tensors in oracle.read(tmp_path / "a"):
+    for content, tensors in golden.read(tmp_path / "a"):
         shipped, shipped_tensors = CASES[content["name"]]
         assert content["arguments"] == shipped["arguments"] and content["what"] == shipped["what"]
         for key, tensor in tensors.items():
             if key.startswith("arguments/"):
                 assert torch.equal(tensor, shipped_tensors[key])
-        fresh = oracle.restore(content["expected"], tensors)
-        error, why = oracle.error_of(fresh, oracle.restore(shipped["expected"], shipped_tensors))
+        fresh = golden.restore(content["expected"], tensors)
+        error, why = check.error_of(fresh, golden.restore(shipped["expected"], shipped_tensors))
         assert error < 1e-10, (content["name"], why)
     assert sum(p.stat().st_size for p in GOLDEN.iterdir()) < 5_000_000
 
@@ -62,34 +106,114 @@ def test_inputs_are_exact_in_float32():
                 assert torch.equal(tensor.float().double(), tensor)
 
 
-def test_every_known_mistake_is_noticed_and_named():
-    """A mistake's result is not within tolerance, and the mistake is what is said of it."""
-    named, known = set(), set()
-    for name, (content, tensors) in CASES.items():
-        function, expected = content["function"], oracle.restore(content["expected"], tensors)
-        arguments = oracle.restore(content["arguments"], tensors, torch.float64)
-        if content["expected"] == {"error": "ValueError"}:
-            continue
-        mistakes = list(getattr(causes, function)(**arguments))
-        tolerance = content["tolerance"]["float64"]
-        for cause, wrong in mistakes:
-            known.add((function, cause))
-            if function in oracle.ALLOCATIONS:
-                error, _ = oracle.allocation_error(function, arguments, wrong, expected)
-            else:
-                error, _ = oracle.error_of(wrong, expected)
-            if error <= tolerance:
-                continue  # this mistake does not show at this point: B = 0, scale 1 …
-            said = oracle.likely_cause(function, mistakes, wrong, tolerance)
-            assert said, (name, cause)
-            named.add((function, said))
-    assert named == known  # each one shows in some case, under its own name
-    assert len(known) > 80
+def test_there_are_negative_scores():
+    """Choosing by |score| must not pass, neither by fraction nor by budget."""
+    for case in ("keep-negative-together", "keep-negative-apart", "budget-negative"):
+        scores = right_answer(case)[0]["scores"]
+        assert min(scores.values()) < 0 < max(scores.values())
 
+
+# ------------------------------------------------------------------------------------- the mistakes
+
+
+def pretend(rows, cause, outcomes):
+    """What a candidate with this mistake alone returns in each case, judged; the rows that fail."""
+    for row in rows:
+        expected, right, wrong = outcomes[row.content["name"]]
+        row.outcome = wrong.get(cause, right)
+        if isinstance(row.outcome, Exception):
+            row.error, row.reason = math.inf, str(row.outcome)
+        else:
+            answer = (row.function, row.content["arguments"], row.outcome, expected)
+            row.error, row.reason = check.result_error(*answer)
+        row.verdict = "pass" if row.error <= row.tolerance else "FAIL"
+    return [row for row in rows if row.verdict == "FAIL"]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_each_mistake_alone_is_noticed_and_named(function):
+    """It fails in some case, and wherever it fails its own name is said, and no other."""
+    rows, outcomes = [], {}
+    for name, (content, tensors) in CASES.items():
+        at_zero = name.startswith(("scores-", "ranks-")) and "-b0" in name
+        at_zero = at_zero and name != "scores-grad_norm-b0-lora"
+        wants_error = content["expected"] == {"error": "ValueError"}
+        if content["function"] != function or wants_error or at_zero:  # at B = 0 nearly all are 0
+            continue
+        row = check.Row(content, tensors, "float64")
+        right = getattr(ours, function)(**row.arguments())
+        made = {cause: check.attempt(wrong) for cause, wrong in row.mistakes().items()}
+        row.mistakes().update(made)
+        outcomes[name] = golden.restore(content["expected"], tensors), right, made
+        rows.append(row)
+    known = dict.fromkeys(cause for row in rows for cause in row.mistakes())
+    assert len(known) >= 11
+    for cause in known:
+        failures = pretend(rows, cause, outcomes)
+        assert failures, f"{cause}: no case notices"
+        check.diagnose(rows)
+        for row in failures:
+            raised = f" ({row.outcome})" if isinstance(row.outcome, Exception) else ""
+            assert row.reason == f"likely: {cause}{raised}", (row.content["name"], cause)
+
+
+@pytest.mark.parametrize(
+    ("functions", "words"),
+    [
+        (["delta_lora", "short_run", "train"], "the old pair is taken after the decay"),
+        (["delta_lora", "short_run", "train"], "L2 in place of decoupled weight decay"),
+        (["delta_lora", "delta_step", "short_run", "train"], "first order: "),
+        (["delta_lora", "short_run", "train"], "the first old product is 0"),
+        (["grad_norm", "snip", "snip_ranks", "scores", "rank_scores"], "scored batch by batch, "),
+        (["grad_norm", "snip", "snip_ranks", "scores", "rank_scores"], "scored example by example"),
+        (["grad_norm", "snip", "snip_ranks", "scores", "rank_scores"], "the last batch alone"),
+        (["logits", "scores", "rank_scores", "train"], "padding is attended to (the mask is"),
+        (["grad_norm", "snip", "synflow", "scores"], "divided by the number of parameters"),
+        (
+            ["lora_forward", "merge", "logits", "scores", "train", "synflow"],
+            "scale lora_alpha // r",
+        ),
+        (["lora_backward"], "no scale in dL/dA"),
+        (["logits", "scores", "rank_scores", "train"], "tanh GELU"),
+        (["logits", "scores", "rank_scores", "train"], "token types are left out"),
+        (["short_run", "train"], "modules that are off decay"),
+        (["short_run", "train"], "decided after the step"),
+        (["short_run", "train"], "B of what is off is set to 0"),
+        (["short_run", "train"], "modules that are off are not scored, or score 0"),
+        (["merge"], "delta W is not transposed, but W is (in, out)"),
+        (["keep_top"], "all at the cut are kept (>= cut)"),
+        (["keep_top"], "ceil for both counts"),
+        (["keep_top", "within_budget"], "chosen by |score|"),
+    ],
+)
+def test_mistakes_that_were_seen_have_a_name(functions, words):
+    """Mistakes that real candidates made, and that nothing or something else was said of."""
+    for function in functions:
+        known = set()
+        for name, (content, tensors) in CASES.items():
+            if content["function"] == function and "-b0" not in name:
+                known |= set(check.Row(content, tensors, "float64").mistakes())
+        assert any(cause.startswith(words) for cause in known), function
+
+
+def test_an_ambiguous_answer_gets_all_its_names():
+    """3 // 2 is 1, as if there were no scale: one case cannot tell, another one can."""
+    names = "scores-grad_norm-b-lora", "scores-grad_norm-b-shortcuts"  # alpha 3; 3 and 1; r 2
+    rows = [check.Row(*CASES[name], "float64", error=1.0, verdict="FAIL") for name in names]
+    for row in rows:
+        row.outcome = dict(causes.scores(**row.arguments()))["no scale"]()
+    check.diagnose(rows[:1])
+    assert rows[0].reason == "likely: scale lora_alpha // r, rounded down, or no scale"
+    check.diagnose(rows)
+    assert [row.reason for row in rows] == ["likely: no scale"] * 2
+
+
+# --------------------------------------------------------------------------------- the command line
 
 WRONG = """
+import numpy
+from tools.oracle import ours
 from tools.oracle.ours import *
-from tools.oracle import causes, ours
 
 def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
     return ours.lora_forward(
@@ -97,57 +221,131 @@ def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
     )
 
 def scores(proxy, **rest):
-    found = ours.scores(proxy, **rest)
-    return {n: 2 * v for n, v in found.items()} if proxy == "fisher" else found
+    if proxy not in ("fisher", "constant"):
+        raise NotImplementedError
+    return {n: (1 + (proxy == "fisher")) * v for n, v in ours.scores(proxy, **rest).items()}
 
 def within_budget(scores, costs, budget):
     return set(scores)
 
-def merge(**_):
+def merge(weight, lora_A, lora_B, lora_alpha, transposed):
+    return numpy.asarray(weight) + lora_alpha / len(lora_A) * numpy.asarray(lora_B @ lora_A)
+
+def snip(**_):
     raise RuntimeError("no such thing")
 
-del delta_lora
+def delta_step(weight, **rest):
+    return weight.add_(1)  # what it is given, it may change
+
+def delta_adapter(**_):
+    return "nothing"
+
+def lora_backward(**arguments):
+    single = {k: v.float() if hasattr(v, "float") else v for k, v in arguments.items()}
+    return ours.lora_backward(**single)
+
+del delta_lora, logits, rank_scores, train
 """
 
 
-def test_command_line_on_a_wrong_candidate(tmp_path, capsys):
-    path = tmp_path / "wrong.py"
+@pytest.fixture(scope="module")
+def wrong_rows(tmp_path_factory):
+    """{(case, dtype): line} of one candidate with a mistake in each function."""
+    path = tmp_path_factory.mktemp("wrong") / "wrong.py"
     path.write_text(WRONG)
-    assert oracle.main(["check", str(GOLDEN), "--candidate", str(path)]) == 1
-    out = capsys.readouterr().out
-    rows = {tuple(line.split()[:2]): line for line in out.splitlines()}
-    alpha = rows["forward-linear", "float64"]
-    assert alpha.endswith("FAIL  likely: scale lora_alpha instead of lora_alpha / r")
-    assert "likely: without the 1/2" in rows["scores-fisher-b-lora", "float64"]
-    assert "parameters, the budget is" in rows["budget-1-sizes-0.1", "float64"]
-    assert rows["merge-linear", "float32"].endswith("FAIL  RuntimeError: no such thing")
-    assert rows["delta-start3", "float64"].endswith("-  not offered")
-    assert rows["backward-square", "float32"].endswith("pass")
+    rows = check.check(GOLDEN, check.load_candidate(path))
+    lines = check.table(rows)
+    return {tuple(line.split()[:2]): line for line in lines[1:-1]}
 
 
-def test_command_line_on_our_own_and_on_nonsense(tmp_path, capsys):
-    candidate = Path(ours.__file__)
-    assert oracle.main(["check", str(GOLDEN), "--candidate", str(candidate)]) == 0
+@pytest.mark.parametrize(
+    ("case", "dtype", "end"),
+    [
+        ("forward-linear", "float64", "FAIL  likely: scale lora_alpha instead of lora_alpha / r"),
+        ("forward-square", "float32", "FAIL  likely: scale lora_alpha instead of lora_alpha / r"),
+        ("scores-fisher-b-lora", "float64", "FAIL  likely: without the 1/2"),
+        ("scores-fisher-b-lora", "float32", "FAIL  likely: without the 1/2"),
+        ("scores-constant-b-lora", "float64", "  pass"),
+        ("merge-linear", "float64", "  pass"),
+        ("snip-b", "float32", "FAIL  RuntimeError: no such thing (line 23 of wrong.py)"),
+        ("delta_step", "float64", "FAIL  no known cause"),
+        ("delta_adapter-start2", "float64", "no dict with lora_A (R, in) and lora_B (out, R)"),
+        ("backward-linear", "float32", "  pass"),
+        ("backward-linear", "float64", "but as small as the rounding of float32"),
+        ("delta-start3", "float64", "  -  not offered"),
+    ],
+)
+def test_what_is_said_of_a_wrong_candidate(wrong_rows, case, dtype, end):
+    assert wrong_rows[case, dtype].endswith(end)
+
+
+def test_what_is_said_of_shapes_and_budgets(wrong_rows):
+    said = wrong_rows["merge-transposed", "float64"]
+    assert "likely: delta W is not transposed, but W is (in, out) (ValueError: operands" in said
+    said = wrong_rows["merge-square-transposed", "float32"]
+    assert said.endswith("FAIL  likely: delta W is not transposed, but W is (in, out)")
+    assert "parameters, the budget is" in wrong_rows["budget-1-sizes-0.1", "float64"]
+    assert "where a ValueError belongs" in wrong_rows["budget-impossible", "float64"]
+
+
+def test_our_own_passes_everything(capsys):
+    assert main(["check", "--candidate", ours.__file__]) == 0
     total = sum(len(content["dtypes"]) for content, _ in CASES.values())
     assert f"{total} pass, 0 fail, 0 not offered" in capsys.readouterr().out
-    assert len(oracle_kinds()) == 10
-    empty = tmp_path / "empty.py"
-    empty.write_text("")
-    assert oracle.main(["check", str(GOLDEN), "--candidate", str(empty)]) == 1
-    capsys.readouterr()
-    broken = tmp_path / "broken.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "only", "code", "lines"),
+    [
+        ("", None, 3, None),
+        ("", "merge", 3, 8),
+        ("def merge(**_): raise NotImplementedError", "merge", 3, 8),
+        ("from tools.oracle.ours import merge", "merge", 0, 8),
+        ("from tools.oracle.ours import merge", "merge-linear", 0, 2),
+        ("from tools.oracle.ours import merge", "lora_forward", 3, 8),
+        ("def keep_top(scores, keep, together): return set()", "keep_top", 1, 16),
+        ("def keep_top(scores, keep, together): return 3", "keep-ties", 1, 1),
+    ],
+)
+def test_only_and_exit_codes(tmp_path, capsys, text, only, code, lines):
+    path = tmp_path / "candidate.py"
+    path.write_text(text)
+    assert main(["check", "--candidate", str(path), *(["--only", only] if only else [])]) == code
+    out = capsys.readouterr().out.splitlines()
+    assert lines is None or len(out) == lines + 2
+    assert code != 3 or out[-1].startswith("0 pass, 0 fail, ")
+
+
+def test_nonsense_is_refused_in_one_line(tmp_path, capsys):
+    own, broken = Path(ours.__file__), tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name")
-    for folder, candidate, message in (
-        (GOLDEN, broken, "cannot be imported"),
-        (GOLDEN, tmp_path / "none.py", "is no Python file"),
-        (tmp_path, Path(ours.__file__), "holds no cases"),
+    for arguments, message in (
+        ([str(GOLDEN), "--candidate", str(broken)], "cannot be imported"),
+        ([str(GOLDEN), "--candidate", str(tmp_path / "none.py")], "is no Python file"),
+        ([str(tmp_path), "--candidate", str(own)], "holds no cases"),
+        (["--candidate", str(own), "--only", "snap"], "allowed: lora_backward"),
     ):
-        assert oracle.main(["check", str(folder), "--candidate", str(candidate)]) == 2
+        assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     (tmp_path / "x.json").write_text(json.dumps({"function": "merge"}))
-    assert oracle.main(["check", str(tmp_path), "--candidate", str(candidate)]) == 2
+    assert main(["check", str(tmp_path), "--candidate", str(own)]) == 2
     assert "is not a case of the oracle" in capsys.readouterr().err
+
+
+def test_the_interface_names_every_function_and_shortcut(capsys):
+    assert set(check.interface_functions()) == set(FUNCTIONS)
+    assert main(["interface"]) == 0
+    text = capsys.readouterr().out
+    for function in FUNCTIONS:
+        assert f"\n{function}(" in text
+    proxies = {right_answer(name)[0]["proxy"] for name in CASES if name.startswith("scores-")}
+    for word in (*proxies, "residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# ---------------------------------------------------------------------------------------- comparing
 
 
 @pytest.mark.parametrize(
@@ -162,8 +360,25 @@ def test_command_line_on_our_own_and_on_nonsense(tmp_path, capsys):
         ("text", torch.ones(1), math.inf),
         (None, {"a": 1.0}, math.inf),
         ([["x"], ["y"]], [["x"], ["z"]], math.inf),
+        ([torch.ones(1), 2 * torch.ones(1)], [torch.ones(1), torch.ones(1)], 1.0),
         ([], [], 0.0),
     ],
 )
 def test_errors_between_results(got, expected, error):
-    assert oracle.error_of(got, expected)[0] == error
+    assert check.error_of(got, expected)[0] == error
+
+
+def test_factors_are_compared_by_their_product():
+    """Any invertible change between the factors is the same adapter; more than 2r ranks are not."""
+    content, tensors = CASES["delta_adapter-start2"]
+    pair = ours.delta_adapter(**check.Row(content, tensors, "float64").arguments())
+    r = len(pair["lora_A"])
+    change = torch.eye(r, dtype=torch.float64) + torch.ones(r, r, dtype=torch.float64)
+    other = {"lora_A": change @ pair["lora_A"], "lora_B": pair["lora_B"] @ change.inverse()}
+    padded = {
+        "lora_A": torch.cat([pair["lora_A"], pair["lora_A"]]),
+        "lora_B": torch.cat([pair["lora_B"], 0 * pair["lora_B"]], 1),
+    }
+    for answer, verdict in ((other, "pass"), (padded, "FAIL")):
+        candidate = types.SimpleNamespace(delta_adapter=lambda answer=answer, **_: answer)
+        assert check.judge(candidate, content, tensors, "float64").verdict == verdict

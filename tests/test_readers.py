@@ -17,6 +17,7 @@ import lora
 import tiny
 from model import Config, load_pretrained
 from support import checkpoint, glue, hf_folder
+from support.errors import one_line
 from support.flags import FLAGS, parse_flags
 from tools.peft import reading
 
@@ -55,7 +56,7 @@ def read(reader, *args):
     try:
         return reader(*args), None
     except (ValueError, OSError) as error:
-        assert str(error) and "\n" not in str(error).strip()
+        assert str(error) and len(str(error).splitlines()) == 1
         return None, str(error)
 
 
@@ -122,6 +123,130 @@ def test_config(family, fields):
         assert isinstance(config.layer_norm_eps, float) and 0 < config.layer_norm_eps < 1
         assert config.activation in ("relu", "gelu", "gelu_new")
         assert all(isinstance(v, bool) for v in (config.pre_ln, config.final_norm))
+
+
+def test_brackets_in_brackets(tmp_path):
+    """What the JSON reader cannot follow, and what it can but repr cannot."""
+    folder = tiny.bert_folder(tmp_path / "model")
+    for depth in (100_000, *range(900, 1000, 7)):
+        text = '{"model_type": ' + "[" * depth + "]" * depth + "}"
+        (folder / "config.json").write_text(text)
+        assert read(load_pretrained, str(folder))[1]
+
+
+SIZES = st.sampled_from([1, 2, 3, 12, 41, 90, 10**7, 12 * 10**9, 10**18, 10**30])
+
+
+@FAST
+@given(
+    fields=st.dictionaries(
+        st.sampled_from([n for n, v in tiny.BERT_CONFIG.items() if type(v) is int]), SIZES
+    )
+)
+def test_sizes_that_contradict_the_tensors(tmp_path, fields):
+    """Refused before a model of these sizes is built: 10**7 layers would take for ever."""
+    folder = tiny.bert_folder(tmp_path / "model", **fields)
+    heads = fields.pop("num_attention_heads", 3)
+    same = all(tiny.BERT_CONFIG[name] == size for name, size in fields.items())
+    loaded, complaint = read(load_pretrained, str(folder))
+    assert bool(loaded) == (same and 12 % heads == 0)
+    if complaint and 12 % heads == 0:
+        named = "contradict" in complaint or "do not belong together" in complaint
+        assert named or "is missing" in complaint or "unexpected" in complaint
+
+
+def test_sizes_that_no_tensor_confirms(tmp_path):
+    tensors = {n: t for n, t in tiny.bert_tensors().items() if "intermediate" not in n}
+    folder = tiny.bert_folder(tmp_path / "model", tensors, intermediate_size=10**18)
+    complaint = read(load_pretrained, str(folder))[1]
+    assert "layers.0.fc1.weight is missing (encoder.layer.0.intermediate" in complaint
+    folder = tiny.bert_folder(tmp_path / "model", num_hidden_layers=3)
+    assert "there are 2 layers, config.json says 3" in read(load_pretrained, str(folder))[1]
+
+
+@FAST
+@given(content=JSON | st.dictionaries(st.text(max_size=3), JSON, max_size=2))
+def test_index_of_shards(tmp_path, content):
+    folder = tiny.bert_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    for whole in (content, {"weight_map": content}):
+        index.write_text(json.dumps(whole))
+        assert str(index) in read(load_pretrained, str(folder))[1]
+
+
+class Code:
+    def __reduce__(self):
+        return pytest.fail, ("code in a file was run",)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript itself
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_with_code(tmp_path, zipped):
+    """Never run, called what it is, and no advice of torch's to switch the safety off."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": Code()}, path, _use_new_zipfile_serialization=zipped)
+    complaint = read(hf_folder.read_file, path)[1]
+    assert "holds code (" in complaint and "nothing of it was run" in complaint
+    assert "weights_only" not in complaint and "safe_globals" not in complaint
+    path.write_bytes(b"\x80\x02}q\x00X\x05")
+    assert "holds code" not in read(hf_folder.read_file, path)[1]
+    torch.save({1: torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    assert "not a dict of tensors with names" in read(hf_folder.read_file, path)[1]
+    torch.jit.script(torch.nn.ReLU()).save(str(path))
+    assert "holds code (TorchScript)" in read(hf_folder.read_file, path)[1]
+
+
+@FAST
+@given(changes=CHANGES)
+def test_pickles(tmp_path, changes):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3)}, path)
+    path.write_bytes(changed(path.read_bytes(), changes))
+    tensors, complaint = read(hf_folder.read_file, path)
+    assert complaint or all(torch.is_tensor(t) for t in tensors.values())
+    assert "weights_only" not in str(complaint)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.to("meta"),
+        lambda t: t.to_sparse(),
+        lambda t: t.bool(),
+        lambda t: t.to(torch.complex64),
+        lambda t: t.double() * 1e39,  # finite, but not in float32
+    ],
+)
+def test_tensors_that_are_no_plain_numbers(tmp_path, make):
+    folder = tiny.bert_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+    tensors = tiny.bert_tensors()
+    torch.save({**tensors, name: make(tensors[name])}, folder / "pytorch_model.bin")
+    assert f"{name.removeprefix('bert.')} (torch." in read(load_pretrained, str(folder))[1]
+    half = {n: t.half() for n, t in tensors.items()}
+    torch.save(half, folder / "pytorch_model.bin")
+    model = load_pretrained(str(folder))[0]  # stored in float16, loaded in float32
+    assert torch.equal(model.layers[1].k_proj.weight, half[name].float())
+
+
+@FAST
+@given(text=st.text() | st.text(alphabet="a \r\n\t\x0b\x0c\x1b\x1c\x85\u2028\ud800"))
+def test_one_line(text):
+    said = one_line(text)
+    assert len(said.splitlines()) <= 1 and len(said) <= 300 and said.isprintable()
+    assert one_line(said) == said
+    if text.isprintable() and len(text) <= 300:
+        assert said.split() == text.split()
+
+
+def test_one_line_of_what_others_say():
+    assert (
+        one_line(OSError("cut\r\nshort \u2028 \x1b[1mnow\x1b[0m"))
+        == "cut short \\x1b[1mnow\\x1b[0m"
+    )
+    assert one_line(EOFError()) == "EOFError" and one_line("a" * 9, limit=4) == "aaa…"
 
 
 @FAST

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import faults
 import tiny
 import train
 from support import checkpoint
 from test_distributed import in_processes
+from tools import faults
 
 ROOT = Path(train.__file__).parent
 

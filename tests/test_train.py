@@ -9,9 +9,9 @@ import torch
 import lora
 import tiny
 import train
-from faults import same
 from support import checkpoint, report, run_folder
 from support.flags import parse_flags as flags_of
+from tools.faults import same
 
 
 @pytest.fixture

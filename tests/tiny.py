@@ -11,6 +11,7 @@ import torch
 
 import lora
 from model import Config, Transformer
+from support import download
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'?!"
@@ -32,6 +33,10 @@ def config(family, **overrides):
         pad_token_id=1,
         layer_norm_eps=1e-5,
         activation={"opt": "relu", "gpt2": "gelu_new"}.get(name, "gelu"),
+        causal=name in ("opt", "gpt2"),
+        embed_norm=name in ("bert", "roberta"),
+        embed_dropout=name != "opt",
+        pooler_in_head=name == "roberta",
         pre_ln=family in ("opt", "gpt2"),
         final_norm=family in ("opt", "gpt2"),
         position_offset=2 if name in ("opt", "roberta") else 0,
@@ -150,3 +155,26 @@ def task_folder(path, train=24, dev=10):
             rows.append(f"{i % 2}\t{i}\t{i}\t{word}\t{word[::-1] if i % 2 else word}")
         (path / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     return path
+
+
+def hub_cache(cache, repo, write, repo_type="model", elsewhere=()):
+    """Put a repository into a cache folder as huggingface_hub does; returns the snapshot.
+
+    write(folder) makes the files; elsewhere: names of more that the hub has. Both are in the list
+    by which huggingface_hub tells a whole copy from a part; with None there is no list.
+    """
+    commit = download.REVISIONS.get(repo, "0123456789" * 4)
+    storage = cache / f"{repo_type}s--{repo.replace('/', '--')}"
+    folder = storage / "snapshots" / commit
+    folder.mkdir(parents=True)
+    write(folder)
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_text(commit)
+    if elsewhere is not None:
+        names = [*elsewhere]
+        names += [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+        files = {name: {"size": 1, "blob_id": "0"} for name in names}
+        (storage / "trees").mkdir()
+        content = json.dumps({"format_version": 1, "files": files})
+        (storage / "trees" / f"{commit}.json").write_text(content)
+    return folder

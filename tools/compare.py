@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-import compare_report
 from support import glue, run_folder
+from tools import compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 3)]  # half a decade apart

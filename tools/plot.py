@@ -1,8 +1,20 @@
-"""Draw what a HeteroLoRA run decided: python tools/plot.py RUN  ->  RUN/allocation.png
+"""Pictures of a run, and of a block: python tools/plot.py RUN, python tools/plot.py block
 
-One row per module, grouped by type, with its layer and how often it was on; one column per
-decision, with its step below. Dark = on (or the share of its ranks that is on), light = off. A
-static allocation has one decision: layers across, types down.
+    RUN that allocated     RUN/allocation.png   what HeteroLoRA decided, module by module
+    RUN with Delta-LoRA    RUN/delta.png        ||W_t - W_0||_F over the steps, and the singular
+                                                values of W_T - W_0
+    block                  docs/block.png       two blocks with their ten places (plot_block.py)
+
+allocation.png: one row per module, grouped by place, with its block and how often it was on; one
+column per decision, with its step below. Dark = on (or the share of its ranks that is on), light =
+off. A static allocation has one decision: blocks across, places down.
+
+delta.png: the run's adapter.safetensors holds scaling B A of rank <= 2r on W_0, the whole result of
+Delta-LoRA (delta_lora.DeltaLoRA.export), and its checkpoint.pt the pair that the forward pass adds:
+
+    W_T - W_0 = exported B' A' - s B_T A_T
+
+What this file does not do: train, decide.
 """
 
 import argparse
@@ -16,6 +28,19 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import safetensors.torch
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import checkpoint, run_folder
+from tools import plot_block
+
+ROOT = Path(__file__).resolve().parents[1]
+ZERO = 1e-10  # of the largest singular value: what is below is rounding
+FLOOR = 1e-12  # of the largest singular value: what is below is drawn here
+
+# --------------------------------------------------------------------------------------- allocation
 
 
 def level(value, r):
@@ -24,7 +49,7 @@ def level(value, r):
 
 
 def by_type(names):
-    """Names sorted by type of module, in order of first appearance, then by layer."""
+    """(places, names sorted by place in order of first appearance, then by block)."""
     places = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return places, [n for p in places for n in names if n.rpartition(".")[2] == p]
 
@@ -51,7 +76,7 @@ def over_time(axes, history, r):
 
 
 def over_layers(axes, decision, r):
-    """Heat map (types, layers) of one decision."""
+    """Heat map (places, blocks) of one decision."""
     places, names = by_type(list(decision["on"]))
     layers = 1 + max(int(n.split(".")[1]) for n in names)
     matrix = np.full((len(places), layers), np.nan)
@@ -61,55 +86,171 @@ def over_layers(axes, decision, r):
     axes.imshow(matrix, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(places)), places)
     axes.set_xticks(range(layers), range(layers))
-    axes.set_xlabel("layer")
+    axes.set_xlabel("block")
     axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(places) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="lightgrey")
     axes.tick_params(which="minor", length=0)
 
 
-def draw(folder):
-    """Read RUN/allocation.json and write RUN/allocation.png; returns the path.
+def allocation(folder, path):
+    """Draw RUN/allocation.json to the PNG `path`.
 
     Raises:
-        FileNotFoundError: the run allocated nothing. ValueError: not an allocation.json.
+        ValueError: not an allocation.json.
     """
-    path = folder / "allocation.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no allocation.json: its run allocated nothing")
+    source = folder / "allocation.json"
     try:
-        content = json.loads(path.read_text())
-        r = json.loads((folder / "config.json").read_text())["flags"]["r"]
+        content = json.loads(source.read_text())
+        r = run_folder.read_config(folder)["r"]
         history, budget = content["history"], content["budget"]
         limit = ", ".join(f"{k} {v}" for k, v in budget.items())
         title = f"{content['mode']} {content['proxy']}, {limit}"
         rows = len(history[0]["on"])
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is not a run's allocation.json: {error!r}") from error
+        raise ValueError(f"{source} is not a run's allocation.json: {error!r}") from error
     dynamic = len(history) > 1
     size = (8, 1.5 + 0.14 * rows) if dynamic else (7, 3.5)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     if dynamic:
         over_time(axes, history, r)
+        title += "\n(rows: block, share of decisions in which it was on)"
     else:
         over_layers(axes, history[0], r)
-    axes.set_title(
-        f"{title}\n(rows: layer, share of decisions in which it was on)" if dynamic else title
-    )
-    figure.savefig(folder / "allocation.png", dpi=150)
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
-    return folder / "allocation.png"
+
+
+# --------------------------------------------------------------------------------------- Delta-LoRA
+
+
+def weight_changes(folder):
+    """(steps, {module: [||W_t - W_0||_F of each]}) from the log of a run.
+
+    Raises:
+        ValueError: no line of the log says it.
+    """
+    lines = [line for line in run_folder.read_log(folder) if "weight_change" in line]
+    if not lines:
+        raise ValueError(f"{folder}/metrics.jsonl has no train line with a weight_change")
+    modules = lines[0]["weight_change"]
+    return [line["step"] for line in lines], {
+        name: [line["weight_change"][name] for line in lines] for name in modules
+    }
+
+
+def factored_change(folder, flags):
+    """{module: (left (out, k), right (k, in))} in float64, left right = W_T - W_0.
+
+    left right = [B', -s B_T] [A'; A_T], without the second term for a module that ended off.
+
+    Raises:
+        OSError, ValueError: the run is not finished, or a file is damaged.
+    """
+    path = folder / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no adapter.safetensors: finish the run (--resume)")
+    adapter = safetensors.torch.load_file(path)
+    state = checkpoint.read(folder / "checkpoint.pt")
+    found = {}
+    for name in state["delta"]["ended"]:  # the modules with a weight that can move
+        pair = (f"{name}.lora_A", f"{name}.lora_B")
+        A, B = (adapter[key].double() for key in pair)  # (R, in), (out, R), scale 1
+        if state["on"][name]:
+            now_A, now_B = (state["parameters"][key].double() for key in pair)
+            A = torch.cat([A, now_A])  # (R + r, in)
+            B = torch.cat([B, -flags["lora_alpha"] / flags["r"] * now_B], 1)  # (out, R + r)
+        found[name] = (B, A)
+    return found
+
+
+def singular_values(left, right):
+    """Of left right, (out, k) (k, in): those that its factors allow, k at most; the rest are 0.
+
+    left = Q R, right^T = P S with orthonormal columns of Q and P: left right = Q (R S^T) P^T.
+    """
+    return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
+
+
+def delta(folder, flags, path):
+    """Draw what Delta-LoRA did to the weights of a finished run to the PNG `path`.
+
+    Raises:
+        OSError, ValueError: see weight_changes, factored_change.
+    """
+    start, rank = flags["delta_start"], 2 * flags["r"]
+    steps, changes = weight_changes(folder)
+    values = {name: singular_values(*f) for name, f in factored_change(folder, flags).items()}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    places = list(dict.fromkeys(name.rpartition(".")[2] for name in changes))
+    colours = {place: f"C{i}" for i, place in enumerate(places)}
+    labels = set()
+    for name, norms in changes.items():
+        place = name.rpartition(".")[2]
+        style = {"color": colours[place], "linewidth": 1, "alpha": 0.8}
+        left.plot(steps, norms, label="" if place in labels else place, **style)
+        labels.add(place)
+        if len(values[name]) and values[name][0] > 0:
+            shown = values[name].clamp(min=FLOOR * values[name][0]).tolist()
+            right.plot(range(1, 1 + len(shown)), shown, ".-", markersize=4, **style)
+    left.axvline(start, color="black", linestyle=":")
+    left.set(xlabel="step", ylabel="||W_t − W_0||_F", xlim=(min(0, start), steps[-1]))
+    left.set_title(f"W first moves after step K + 2 (dotted: K = {start})")
+    left.legend(loc="upper left")
+    right.axvline(rank + 0.5, color="black", linestyle=":")
+    most = max(int((v > ZERO * v[:1].sum()).sum()) for v in values.values())
+    right.set(xlabel="singular value of W_T − W_0, sorted", yscale="log")
+    right.set_title(f"at most {most} are not zero (dotted: 2r = {rank})")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def draw(folder, out=None):
+    """All pictures of a run, beside its files or, a single one, to the path `out`; their paths.
+
+    Raises:
+        FileNotFoundError: no run, or nothing to draw. ValueError: a file of the run that is
+            damaged, or two pictures and one path.
+    """
+    flags = run_folder.read_config(folder)
+    kinds = []
+    if (folder / "allocation.json").is_file():
+        kinds.append("allocation")
+    if flags.get("delta_ratio"):
+        kinds.append("delta")
+    if not kinds:
+        raise FileNotFoundError(f"{folder} has nothing to draw: it allocated nothing, W stayed")
+    if out and len(kinds) > 1:
+        raise ValueError(f"{folder} has two pictures, {' and '.join(kinds)}: leave out --out")
+    paths = {kind: out or folder / f"{kind}.png" for kind in kinds}
+    if "allocation" in paths:
+        allocation(folder, paths["allocation"])
+    if "delta" in paths:
+        delta(folder, flags, paths["delta"])
+    return list(paths.values())
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="run folder")
+    """Exit code: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", help="a run folder, or the word block")
+    parser.add_argument("--out", type=Path, help="path of the PNG")
     args = parser.parse_args(argv)
     try:
-        print(draw(args.run))
+        if args.what == "block":
+            paths = [plot_block.picture(args.out or ROOT / "docs" / "block.png")]
+        else:
+            paths = draw(Path(args.what), args.out)
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
+    print("\n".join(map(str, paths)))
     return 0
 
 

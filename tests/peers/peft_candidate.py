@@ -1,19 +1,18 @@
 """PEFT and transformers as a candidate for the oracle: LoRA layers, logits, zero-cost proxies.
 
-    python tools/oracle.py check tests/golden --candidate tests/peers/peft_candidate.py
+    python -m tools.oracle check --candidate tests/peers/peft_candidate.py
 
 The proxies are those of zero-cost-nas (foresight/pruners), written against PEFT's lora_A and lora_B
 as ordinary nn.Linear layers: gradients of the loss, |theta * g| for snip, Hessian-vector products
 for grasp. What PEFT has no word for (shortcuts, allocation, Delta-LoRA) is not offered.
 """
 
+import peft
 import torch
 import transformers
 from peft.tuners.lora import Linear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
-
-import peft
 
 ATTENTION = {"attn_implementation": "sdpa"}  # OPT's eager attention computes in float32
 

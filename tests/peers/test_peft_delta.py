@@ -1,11 +1,10 @@
-"""Delta-LoRA against PEFT, which does not have it: a whole run from step 0 is LoRA with alpha' = (1
-+ lambda) alpha."""
+"""Delta-LoRA against PEFT, which lacks it: from step 0 on it is LoRA with (1 + lambda) alpha."""
 
+import peft
 import pytest
 import torch
 
 import lora
-import peft
 import tiny
 from delta_lora import DeltaLoRA
 from support import hf_folder

@@ -1,21 +1,20 @@
-"""tools/peft_io.py against PEFT: what we export PEFT loads, what PEFT saves we load, logit by
-logit."""
+"""tools/peft against PEFT: what we export PEFT loads, what PEFT saves we load: equal logits."""
 
 import json
 from contextlib import ExitStack
 
+import peft
 import pytest
 import torch
 import transformers
 
 import lora
-import peft
 import tiny
 import train
+from model import load_pretrained
 from peer_models import build_pair
 from support.flags import parse_flags
-from tools.peft import __main__ as peft_io
-from tools.peft import reading, writing
+from tools.peft import commands, prepare, reading, writing
 
 FAMILIES = ["bert", "roberta", "opt", "opt-350m", "gpt2"]
 KINDS = {
@@ -64,11 +63,11 @@ def test_a_run_loads_into_peft(tmp_path, family, kind):
         folder = tmp_path / f"adapter-{pad}"
         config = writing.export(out, folder, pad=pad)
         assert bool(config["rank_pattern"]) == (kind == "per rank" and not pad) or family == "gpt2"
-        lines, agree = peft_io.inspect(folder)
+        lines, agree = commands.inspect(folder)
         assert agree, lines
         peer = peft.PeftModel.from_pretrained(stock(base), folder)
         torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=1e-6)
-        fresh, _ = peft_io.load_pretrained(str(base), num_labels=2)
+        fresh, _ = load_pretrained(str(base), num_labels=2)
         reading.put(fresh, *reading.read(folder, fresh))
         torch.testing.assert_close(logits(fresh, run), expected, rtol=0, atol=1e-6)
     if kind == "delta":
@@ -138,7 +137,7 @@ def test_shortcuts_live_in_a_prepared_model(tmp_path, family):
     assert len(places) == 11
     peer = stock(base)
     before = logits(peer, run)
-    peft_io.prepare(peer, places)
+    prepare.prepare(peer, places)
     assert torch.equal(logits(peer, run), before)
     peer = peft.PeftModel.from_pretrained(peer, folder)
     expected = logits(run.model, run)

@@ -12,10 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import torch
 import transformers
-
-import peft
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -1,14 +1,16 @@
-"""Benchmarks, one command each, a table and a picture: python tools/bench.py train --data-dir DIR
+"""Benchmarks, one command each, a table and a picture: python -m tools.bench train --data-dir DIR
 
     train      pairs per second beside transformers + PEFT, and beside the matrix products alone
-    scale      time and memory over sequence length, batch, depth and width, beside PEFT
     memory     peak memory of training beside PEFT
+    scale      time and memory over sequence length, batch, depth and width, beside PEFT
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
-    agreement  how many scored batches choose what 32 choose, in real runs
+    agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
 
-The peers (tests/peers/requirements.txt) are needed for train, scale and memory. How it is
-measured: timing.py.
+How times are taken is in timing.py, how memory is measured in peak.py. The peers
+(tests/peers/requirements.txt) are needed for train, memory and scale.
+
+What this file does not do: measure anything.
 """
 
 import argparse
@@ -18,43 +20,71 @@ from pathlib import Path
 from tools.bench import delta, score, training
 
 
-def main(argv=None):
+def at_least_three(text):
+    """A number of rounds: with fewer than three, a median and its range say nothing."""
+    if not text.isdecimal() or int(text) < 3:
+        raise argparse.ArgumentTypeError(f"is {text}, allowed: an integer, 3 or more")
+    return int(text)
+
+
+def seeds(text):
+    """Integers, separated by commas."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"is {text}, allowed: integers such as 0,1,2")
+    return [int(part) for part in text.split(",")]
+
+
+OPTIONS = {  # name -> (kind, default, help)
+    "rounds": (at_least_three, 5, "counted rounds (default: 5)"),
+    "task": (str, "mrpc", "as of train.py (default: mrpc)"),
+    "data_dir": (str, None, "as of train.py"),
+    "seeds": (seeds, [0, 1, 2], "of the runs (default: 0,1,2)"),
+}
+BENCHMARKS = {  # name -> (function, the options that it takes)
+    "train": (training.train, ("rounds", "task", "data_dir")),
+    "memory": (training.memory, ("rounds", "task", "data_dir")),
+    "scale": (training.scale, ("rounds",)),
+    "score": (score.score, ("rounds", "task", "data_dir")),
+    "agreement": (score.agreement, ("task", "data_dir", "seeds")),
+    "delta": (delta.delta, ("rounds",)),
+}
+
+
+def parse(argv):
+    """The command line; each benchmark has the options that it takes, and no others."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ["train", "scale", "memory", "score", "agreement", "delta"]
-    parser.add_argument("what", choices=kinds)
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
-    parser.add_argument("--task", default="mrpc", help="of train.py (default: mrpc)")
-    parser.add_argument("--data-dir", help="of train.py")
-    parser.add_argument("--seeds", default="0,1,2", help="of agreement (default: 0,1,2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for the picture")
-    args = parser.parse_args(argv)
-    try:
-        if args.rounds < 3:
-            raise ValueError(f"--rounds is {args.rounds}, allowed: 3 or more")
-        args.out.mkdir(parents=True, exist_ok=True)
-        task = (args.task, args.data_dir)
-        if args.what == "scale":
-            lines = training.scale(args.rounds, args.out)
-        elif args.what == "delta":
-            lines = delta.delta(args.rounds, args.out)
-        elif args.what == "score":
-            lines = score.score(args.rounds, args.out, *task)
-        elif args.what == "agreement":
-            lines = score.agreement(args.out, *task, [int(s) for s in args.seeds.split(",")])
-        else:
-            lines = getattr(training, args.what)(args.rounds, args.out, *task)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(
-            f"bench.py: {error}: pip install -r tests/peers/requirements.txt",
-            file=sys.stderr,
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, (_, options) in BENCHMARKS.items():
+        command = commands.add_parser(name)
+        for option in options:
+            kind, default, text = OPTIONS[option]
+            flag = f"--{option.replace('_', '-')}"
+            command.add_argument(flag, type=kind, default=default, metavar="X", help=text)
+        command.add_argument(
+            "--out", type=Path, default=Path("runs/bench"), help="folder for the picture"
         )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Exit code: 0 done, 2 bad input."""
+    args = parse(argv)
+    function, options = BENCHMARKS[args.what]
+    picture = args.out / f"bench-{args.what}.png"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        lines = function(picture=picture, **{name: getattr(args, name) for name in options})
+    except ImportError as error:
+        print(f"tools.bench: {error}: pip install -r tests/peers/requirements.txt", file=sys.stderr)
         return 2
-    print("\n".join([*lines, str(args.out / f"bench-{args.what}.png")]))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*lines, str(picture)]))
     return 0
 
 

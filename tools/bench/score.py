@@ -1,9 +1,9 @@
-"""What scoring costs, and how many batches it takes: the "score" and "agreement" benchmarks.
+"""What scoring costs, and how many batches it takes: bench score, bench agreement.
 
-    score       each proxy, in training steps of the same batches; a reallocation without its
-                scores; the share of scoring in real runs
-    agreement   |S_n and S_32| / |S_32|: the share of what 32 batches choose that n batches choose
-                too, over the decisions of real runs; and the share that 32 other batches choose
+    score       each proxy, in training steps on the same batch; a decision without its scores;
+                the share of scoring in the time of real runs
+    agreement   |S_n ∩ S_32| / |S_32|, over the decisions of real runs: the share of what 32
+                batches choose (S_32) that n of them choose too (S_n), or that 32 others choose
 
 What this file does not do: judge which choice trains better (tools/compare.py).
 """
@@ -21,8 +21,8 @@ import allocate
 import lora
 import proxies
 import train
-from support import flags, run_folder, seeds
-from tools.bench import timing
+from support import evaluation, flags, run_folder, seeds
+from tools.bench import pictures, timing
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 EVERY = 0.5  # epochs between two decisions of the "agreement" runs
@@ -30,6 +30,7 @@ PRESET = "--preset heterolora --lr 1e-3 --batch-size 16"
 
 
 def flags_of(task, data_dir, rest=""):
+    """A command line of train.py."""
     given = ["--task", task, *rest.split()]
     return given + (["--data-dir", data_dir] if data_dir else [])
 
@@ -62,15 +63,15 @@ def reallocation(modules=300):
     }
 
 
-def score(rounds, out, task, data_dir):
-    """Lines of the "score" table; the picture goes to out."""
+def score(rounds, task, data_dir, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
     run = train.set_up(flags.parse_flags(flags_of(task, data_dir)))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.adapters(run.model).values():
             layer.lora_B.normal_(0, 0.02, generator=rng)
     first = list(range(run.args.batch_size))
-    batches = [train.batch_of(run.model, [run.train[i] for i in first])]
+    batches = [evaluation.batch_of(run.model, [run.train[i] for i in first])]
     arms = {"step": [lambda: train.train_step(run, [first], 1e-3)]}
     for name in proxies.PROXIES:
         arms[name] = [lambda name=name: proxies.score(name, run.model, batches)]
@@ -81,14 +82,14 @@ def score(rounds, out, task, data_dir):
     lines += [f"| {name} | {timing.show(three, 1)} |" for name, three in ratios.items()]
     lines += ["", "| a decision among 300 modules, without its scores | ms |", "|---|---|"]
     for name, values in timing.interleaved(reallocation(), rounds).items():
-        ms = [1000 * v for v in values]
-        lines.append(f"| {name} | {timing.show((statistics.median(ms), min(ms), max(ms)), 1)} |")
+        milliseconds = [1000 * value for value in timing.spread(values)]
+        lines.append(f"| {name} | {timing.show(milliseconds, 1)} |")
     lines += ["", "| one epoch of | decisions | share of scoring in its time |", "|---|---|---|"]
     for rest in ("", PRESET):
         share, decisions = share_in_a_run(flags_of(task, data_dir, rest))
         lines.append(f"| `train.py {rest}` | {decisions} | {share:.1%} |")
     lines += ["", f"{task}, MiniLM, 35 modules, batch 16; " + timing.conditions(rounds)]
-    timing.bars(out / "bench-score.png", ratios, "training steps, for one batch")
+    pictures.bars(picture, ratios, "training steps, for one batch")
     return lines
 
 
@@ -106,7 +107,7 @@ def decisions(argv):
     args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size
     batches = [
-        train.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
+        evaluation.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
     ]  # in the order of the training set, so that n batches are a part of 32
 
     def chosen(batches):
@@ -130,20 +131,20 @@ def decisions(argv):
     return found
 
 
-def agreement(out, task, data_dir, run_seeds):
-    """Lines of the "agreement" table; the picture goes to out."""
+def agreement(task, data_dir, seeds, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
     rest = f"--every {EVERY} --epochs 2"
     started, found = time.monotonic(), []
-    for seed in run_seeds:
+    for seed in seeds:
         found += decisions(flags_of(task, data_dir, f"{rest} --seed {seed}"))
     lines = ["| batches of 16 | share of what 32 choose | smallest |", "|---|---|---|"]
-    picture = {}
+    shown = {}
     for n in (*COUNTS[:-1], "others"):
         shares = [d[n] for d in found]
         name = "the next 32" if n == "others" else str(n)
-        picture[name] = (statistics.mean(shares), min(shares), max(shares))
+        shown[name] = (statistics.mean(shares), min(shares), max(shares))
         lines.append(f"| {name} | {statistics.mean(shares):.1%} | {min(shares):.0%} |")
-    lines += ["", f"{len(found)} decisions: seeds {run_seeds}, `train.py {rest}`, {task}"]
+    lines += ["", f"{len(found)} decisions: seeds {seeds}, `train.py {rest}`, {task}"]
     lines.append(f"torch {torch.__version__}; {time.monotonic() - started:.0f} s")
-    timing.bars(out / "bench-agreement.png", picture, "share of what 32 batches choose", 0.95)
+    pictures.bars(picture, shown, "share of what 32 batches choose", 0.95)
     return lines

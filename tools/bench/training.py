@@ -1,9 +1,10 @@
-"""A training step beside transformers + PEFT: the "train", "scale" and "memory" benchmarks.
+"""A training step beside transformers + PEFT: bench train, bench memory, bench scale.
 
-Equal math: the same weights, A, head, batches and optimizer, dropout 0; the losses are compared.
-The floor: a loop of nothing but the matrix products that no implementation can avoid: two per
-frozen weight (forward, and the gradient of its input) over the real tokens, in the last layer at
-the read position alone, and no gradient for what lies below the first adapter.
+Equal math: the same weights, A, head, batches and optimizer, and dropout 0; the losses are
+compared. The floor is a loop of nothing but the matrix products that no implementation can avoid:
+two for each frozen weight (forward, and the gradient of its input) over the real tokens, in the
+last block at the position that the head reads, and no gradient for what lies below the first
+adapter.
 
 What this file does not do: measure accuracy (tests/peers/train_peft.py, tools/compare.py).
 """
@@ -16,7 +17,8 @@ import torch
 import lora
 from model import Config, Transformer, load_pretrained
 from support import download, glue, hf_folder, seeds
-from tools.bench import timing
+from support.families import FAMILIES
+from tools.bench import peak, pictures, timing
 
 BATCH, STEPS = 16, 20
 PEER_TARGETS = {"bert": ["query", "value"], "opt": ["q_proj", "v_proj"]}
@@ -120,11 +122,10 @@ def floor(config, batches):
     return functions
 
 
-def train(rounds, out, task, data_dir):
-    """Lines of the "train" table; the picture goes to out."""
-    import transformers
-
+def train(rounds, task, data_dir, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
     import peft
+    import transformers
 
     base, tokenizer = load_pretrained("minilm")
     ours = adapted(base)
@@ -156,8 +157,8 @@ def train(rounds, out, task, data_dir):
         f"{pairs} {task} pairs a round, batch {BATCH}, MiniLM, r 8 on q, v; "
         + timing.conditions(rounds, transformers, peft),
     ]
-    picture = {name: values for name, values in ratios.items() if name != least}
-    timing.bars(out / "bench-train.png", picture, "speed, PEFT's default loop = 1", 1.0)
+    shown = {name: values for name, values in ratios.items() if name != least}
+    pictures.bars(picture, shown, "speed, PEFT's default loop = 1", 1.0)
     return lines
 
 
@@ -165,32 +166,31 @@ def train(rounds, out, task, data_dir):
 
 
 def minilm_peak(side, task, data_dir):
-    """Peak MiB of two rounds of steps above the loaded model, for in_fresh_process."""
+    """Peak MiB of two rounds of steps above the loaded model, for peak.in_fresh_process."""
     base, tokenizer = load_pretrained("minilm")
     ours = adapted(base)
     model = ours if side == OURS else minilm_peer(ours, 0.0)
     steps = training(model, minilm_batches(task, data_dir, tokenizer)[0])
-    return timing.peak_above(lambda: [step() for step in steps])
+    return peak.peak_above(lambda: [step() for step in steps])
 
 
-def memory(rounds, out, task, data_dir):
-    """Lines of the "memory" table."""
+def memory(rounds, task, data_dir, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
+    import peft
     import transformers
 
-    import peft
-
-    calls = {side: f"minilm_peak({side!r}, {task!r}, {data_dir!r})" for side in (PEER, OURS)}
-    peaks = {side: [] for side in calls}
+    peaks = {PEER: [], OURS: []}
     for _ in range(rounds):
-        for side, call in calls.items():
-            peaks[side].append(timing.in_fresh_process("bench_train", call))
+        for side, values in peaks.items():
+            given = {"side": side, "task": task, "data_dir": data_dir}
+            values.append(peak.in_fresh_process(minilm_peak, **given))
     lines = ["| side | peak MiB above the loaded model |", "|---|---|"]
-    triples = {s: (statistics.median(p), min(p), max(p)) for s, p in peaks.items()}
-    lines += [f"| {side} | {timing.show(three, 0)} |" for side, three in triples.items()]
+    shown = {side: timing.spread(values) for side, values in peaks.items()}
+    lines += [f"| {side} | {timing.show(three, 0)} |" for side, three in shown.items()]
     share = timing.show(timing.ratio(peaks[OURS], peaks[PEER]))
     lines += ["", f"ours against PEFT's: {share}"]
     lines.append(timing.conditions(rounds, transformers, peft))
-    timing.bars(out / "bench-memory.png", triples, "peak MiB above the loaded model")
+    pictures.bars(picture, shown, "peak MiB above the loaded model")
     return lines
 
 
@@ -212,9 +212,11 @@ def random_sides(side, t, b, layers, d, family="bert"):
         if family == "bert":
             rest = dict(embed_dim=d, layer_norm_eps=1e-12, activation="gelu", type_vocab_size=2)
         else:  # OPT-350M
-            rest = dict(embed_dim=512, layer_norm_eps=1e-5, activation="relu", position_offset=2)
+            rest = dict(embed_dim=512, layer_norm_eps=1e-5, activation="relu")
+            rest |= dict(pre_ln=False, final_norm=False)
             shared["num_heads"] = 16
-        model = Transformer(Config(family, **shared, **rest, pre_ln=False, final_norm=False))
+        features = FAMILIES[family].features
+        model = Transformer(Config(family, **{**features, **shared, **rest}))
         return adapted(model), [batch]
     import transformers
 
@@ -245,34 +247,39 @@ def random_sides(side, t, b, layers, d, family="bert"):
 
 
 def random_peak(side, **size):
-    """Peak MiB of three steps above the loaded model, for in_fresh_process."""
+    """Peak MiB of three steps above the loaded model, for peak.in_fresh_process."""
     (step,) = training(*random_sides(side, **size))
-    return timing.peak_above(lambda: [step() for _ in range(3)])
+    return peak.peak_above(lambda: [step() for _ in range(3)])
 
 
 def point(rounds, **size):
     """(seconds of ours, of PEFT's, peak of ours, of PEFT's), lists for the seconds."""
     arms = {side: training(*random_sides(side, **size)) for side in (OURS, PEER)}
     seconds = timing.interleaved(arms, rounds)
-    arguments = ", ".join(f"{k}={v!r}" for k, v in size.items())
-    peaks = [
-        timing.in_fresh_process("bench_train", f"random_peak({side!r}, {arguments})")
-        for side in (OURS, PEER)
-    ]
+    peaks = [peak.in_fresh_process(random_peak, side=side, **size) for side in (OURS, PEER)]
     return seconds[OURS], seconds[PEER], *peaks
 
 
-def scale(rounds, out):
-    """Lines of the "scale" table; the picture goes to out."""
-    import transformers
+def row(name, found):
+    """One size as a line of the table; found: what point() returns."""
+    ours, theirs, our_peak, their_peak = found
+    return (
+        f"| {name} | {1000 * statistics.median(ours):.0f} | "
+        f"{timing.show(timing.ratio(theirs, ours))} | {our_peak:.0f} | "
+        f"{their_peak / our_peak:.2f} |"
+    )
 
+
+def scale(rounds, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
     import peft
+    import transformers
 
     lines = [
         "| size | ours, ms a step | PEFT's time / ours | ours, peak MiB | PEFT's peak / ours |",
         "|---|---|---|---|---|",
     ]
-    panels = [[], []]
+    upper, lower = [], []
     for axis, values in AXES.items():
         times, peaks = {OURS: [], PEER: []}, {OURS: [], PEER: []}
         for value in values:
@@ -281,21 +288,12 @@ def scale(rounds, out):
             for i, side in enumerate((OURS, PEER)):
                 times[side].append(1000 * statistics.median(found[i]))
                 peaks[side].append(found[2 + i])
-        panels[0].append(("", axis, "ms a step", {s: (values, ys) for s, ys in times.items()}))
-        panels[1].append(("", axis, "peak MiB", {s: (values, ys) for s, ys in peaks.items()}))
+        upper.append((axis, "ms a step", {side: (values, ys) for side, ys in times.items()}))
+        lower.append((axis, "peak MiB", {side: (values, ys) for side, ys in peaks.items()}))
     opt = point(rounds, t=128, b=4, layers=24, d=1024, family="opt")
     lines.append(row("OPT-350M-shaped: t = 128, b = 4, 24 layers, d = 1024", opt))
     others = ", ".join(f"{k} = {v}" for k, v in BASE.items())
     lines += ["", f"BERT-shaped, the others at {others}; r 8 on q, v; random weights, dropout 0"]
     lines.append(timing.conditions(rounds, transformers, peft))
-    timing.curves(out / "bench-scale.png", panels[0] + panels[1])
+    pictures.curves(picture, upper + lower)
     return lines
-
-
-def row(name, found):
-    ours, theirs, our_peak, their_peak = found
-    return (
-        f"| {name} | {1000 * statistics.median(ours):.0f} | "
-        f"{timing.show(timing.ratio(theirs, ours))} | {our_peak:.0f} | "
-        f"{their_peak / our_peak:.2f} |"
-    )

@@ -3,7 +3,9 @@
 Every number is a multiple of 2^-12 below 4, drawn from a seeded integer generator: the same on
 every machine, and exact in float32.
 
-What this file does not do: compute anything (oracle_ours.py), or judge (oracle.py).
+A function of ours.py has its cases in one function here, whose name is in all_cases at the end.
+
+What this file does not do: compute anything (ours.py), or judge (check.py).
 """
 
 import dataclasses
@@ -59,12 +61,21 @@ LINEARS = {  # ends of full paths: (out, in)
 }
 SHORTCUTS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
 STACK = {"bert": "bert.encoder.layer", "opt": "model.decoder.layers"}
+ADAMW = {"lr": 0.05, "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
+SETTINGS = {  # of the two runs
+    "every": 2,
+    "score_batches": 2,
+    "keep": 0.4,
+    "delta_ratio": 0.5,
+    "delta_start": 1,
+    "adamw": {**ADAMW, "lr": 0.1},
+}
+RUN_SEED, SHORT_RUN_SEED = 51, 133  # in both runs something goes off and returns
 
 
 @dataclasses.dataclass
 class Case:
-    """function(**arguments) is what is checked; tolerance by dtype, relative to the largest
-    value."""
+    """function(**arguments) is checked; tolerance by dtype, relative to the largest value."""
 
     name: str
     function: str
@@ -84,22 +95,21 @@ def draw(rng, *shape, scale=1.0):
 
 
 def layer_cases():
-    """Forward, backward and merge: a Linear, a Conv1D, and a square layer (to tell A from B)."""
+    """Forward, backward and merge: a Linear, a Conv1D, and both where in = out."""
     cases, formula = [], "y = W x + b + (lora_alpha / r) B A x"
-    for seed, (kind, inner, outer) in enumerate(
-        [("linear", 5, 4), ("transposed", 5, 4), ("square", 4, 4)]
-    ):
+    kinds = [("linear", 5, 4), ("transposed", 5, 4), ("square", 4, 4), ("square-transposed", 4, 4)]
+    for seed, (kind, inner, outer) in enumerate(kinds):
         rng = torch.Generator().manual_seed(seed)
         weight, bias = draw(rng, outer, inner), draw(rng, outer)
         factors = {
             "lora_A": draw(rng, 3, inner),
             "lora_B": draw(rng, outer, 3),
             "lora_alpha": 7,
-            "transposed": kind == "transposed",
+            "transposed": kind.endswith("transposed"),
         }
-        weight = weight.T.contiguous() if kind == "transposed" else weight
+        weight = weight.T.contiguous() if factors["transposed"] else weight
         inputs = {"x": draw(rng, 6, inner), "weight": weight, "bias": bias, **factors}
-        stored = "W stored (in, out)" if kind == "transposed" else "W stored (out, in)"
+        stored = "W stored (in, out)" if factors["transposed"] else "W stored (out, in)"
         cases.append(
             Case(
                 f"forward-{kind}",
@@ -273,14 +283,16 @@ def score_cases():
                         "arXiv 2406.14956, section 3; proxies.py",
                     )
                 )
-            for proxy in ("grad_norm", "snip") if not extra else ():
+            for proxy in ("grad_norm", "snip"):
+                if extra and point == "b0":
+                    continue
                 cases.append(
                     Case(
-                        f"ranks-{proxy}-{point}",
+                        f"ranks-{proxy}-{point}" + ("-shortcuts" if extra else ""),
                         "rank_scores",
                         {"proxy": proxy, **arguments, "batches": batches},
                         f"S_k = {PROXY_TEXTS[proxy]}, of row k of A and column k of B",
-                        "proxies.py, score_ranks",
+                        "relatives/single_ranks.py, score_ranks",
                     )
                 )
     return cases
@@ -299,7 +311,7 @@ def allocation_cases():
     scores = {n: v / 8 for n, v in zip(names, values, strict=True)}
     tied = {n: float(v % 3) for n, v in zip(names, values, strict=True)}
     rule = "the best floor(p n_l) + round(p n_s) of n_l modules and n_s shortcuts"
-    for keep in (0.1, 0.25, 0.3, 0.5, 1.0):
+    for keep in (0.1, 0.25, 0.3, 0.5, 0.55, 1.0):
         for together in (True, False):
             cases.append(
                 Case(
@@ -313,6 +325,12 @@ def allocation_cases():
     text = f"{rule}; ties: any of the tied may be on, no better one may be off"
     arguments = {"scores": tied, "keep": 0.4, "together": True}
     cases.append(Case("keep-ties", "keep_top", arguments, text, reference))
+    signed = {n: v - 2 for n, v in scores.items()}  # half of them negative, as GraSP's may be
+    for together in (True, False):
+        arguments = {"scores": signed, "keep": 0.3, "together": together}
+        text = f"{rule}; p = 0.3; negative scores are the smallest"
+        name = f"keep-negative-{'together' if together else 'apart'}"
+        cases.append(Case(name, "keep_top", arguments, text, reference))
     arguments = {"scores": scores, "keep": 0.01, "together": True}
     cases.append(Case("keep-nothing", "keep_top", arguments, "none to keep: ValueError", reference))
 
@@ -334,6 +352,14 @@ def allocation_cases():
                     "0/1 knapsack, exact",
                 )
             )
+    costs = {n: (9, 25, 64)[v % 3] for n, v in zip(names, values, strict=True)}
+    arguments = {"scores": scores, "costs": costs, "budget": 333}
+    text = "scores that have nothing to do with the sizes"
+    cases.append(Case("budget-any-sizes", "within_budget", arguments, text, "0/1 knapsack, exact"))
+    costs = {n: (16, 40)[v % 2] for n, v in zip(names, values, strict=True)}
+    arguments = {"scores": signed, "costs": costs, "budget": 500}
+    text = "negative scores: never worth their cost"
+    cases.append(Case("budget-negative", "within_budget", arguments, text, "0/1 knapsack, exact"))
     arguments = {"scores": scores, "costs": dict.fromkeys(scores, 9), "budget": 8}
     text = "the budget is smaller than every module: ValueError"
     cases.append(Case("budget-impossible", "within_budget", arguments, text, "exact"))
@@ -345,21 +371,20 @@ def allocation_cases():
 
 def training_cases():
     """Delta-LoRA step by step, and one whole run."""
-    cases, adamw = [], {"lr": 0.05, "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
-    loose = {"float64": 1e-8, "float32": 1e-3}
-    for start, ratio in ((-1, 0.5), (3, 2.0)):
+    cases, loose = [], {"float64": 1e-8, "float32": 1e-3}
+    for start, ratio, r, lora_alpha in ((-1, 0.5, 2, 3), (3, 2.0, 2, 3), (1, 0.5, 3, 7)):
         rng = torch.Generator().manual_seed(40)
         arguments = {
             "weight": draw(rng, 4, 5),
-            "lora_A": draw(rng, 2, 5),
-            "lora_B": draw(rng, 4, 2, scale=0.5),
-            "lora_alpha": 3,
+            "lora_A": draw(rng, r, 5),
+            "lora_B": draw(rng, 4, r, scale=0.5),
+            "lora_alpha": lora_alpha,
             "x": draw(rng, 7, 5),
             "y": draw(rng, 7, 4),
             "ratio": ratio,
             "start": start,
             "steps": 12,
-            "adamw": adamw,
+            "adamw": ADAMW,
         }
         cases.append(
             Case(
@@ -372,27 +397,109 @@ def training_cases():
                 loose,
             )
         )
-    arguments, rng = model_arguments("bert", 50, (*LINEARS["bert"], *SHORTCUTS), zero_b=True)
-    settings = {
-        "every": 3,
-        "score_batches": 2,
-        "keep": 0.4,
-        "delta_ratio": 0.5,
-        "delta_start": 1,
-        "adamw": {**adamw, "lr": 0.02},
-    }
-    batches = [batch_of("bert", rng) for _ in range(8)]
+    arguments, rng = model_arguments("bert", RUN_SEED, (*LINEARS["bert"], *SHORTCUTS))
     cases.append(
         Case(
             "run",
             "train",
-            {**arguments, "batches": batches, "settings": settings},
-            "8 steps, decisions before steps 0, 3, 6 by GRAD-NORM, together, all modules scored; "
-            "Delta-LoRA on what is on and linear",
+            {
+                **arguments,
+                "batches": [batch_of("bert", rng, (7, 3, 5)[: 3 - i % 2]) for i in range(8)],
+                "settings": SETTINGS,
+            },
+            "8 steps, decisions before steps 0, 2, 4, 6 by GRAD-NORM, together, all modules "
+            "scored; some go off and return; Delta-LoRA on what is on and linear",
             "arXiv 2406.14956, dynamic; arXiv 2309.02411",
             loose,
         )
     )
+    return cases
+
+
+# ---------------------------------------------------------------------------------- a small network
+
+
+def network(rng, zero_b=False):
+    """Four layers, 6 -> 7 -> 5 -> 6 -> 3, no two alike in r and lora_alpha."""
+    layers = []
+    for inner, outer, r, lora_alpha in ((6, 7, 3, 7), (7, 5, 2, 5), (5, 6, 3, 4), (6, 3, 2, 3)):
+        layers.append(
+            {
+                "weight": draw(rng, outer, inner, scale=0.75),
+                "lora_A": draw(rng, r, inner, scale=0.5),
+                "lora_B": draw(rng, outer, r, scale=0.5) * (not zero_b),
+                "lora_alpha": lora_alpha,
+            }
+        )
+    return layers
+
+
+def examples(rng, n):
+    x = draw(rng, n, 6, scale=2.0)
+    return {"x": x, "labels": torch.randint(0, LABELS, (n,), generator=rng)}
+
+
+def network_cases():
+    """Proxies at B = 0 and B != 0, and a run of both methods, on four matrices."""
+    cases, texts = [], {**PROXY_TEXTS, "snip_ranks": PROXY_TEXTS["snip"] + ", by rank-one part"}
+    texts["synflow"] = "sum |A o dR/dA| + sum |B o dR/dB|, R: the sum of |net|'s output for ones"
+    for point in ("b0", "b"):
+        rng = torch.Generator().manual_seed(60)
+        layers = network(rng, zero_b=point == "b0")
+        batches = [examples(rng, n) for n in (4, 7, 2)]
+        for function in ("grad_norm", "snip", "snip_ranks", "synflow"):
+            arguments = {"layers": layers, "batches": batches}
+            if function == "synflow":
+                del arguments["batches"]
+            about = f"S = {texts[function]}; B {'= 0' if point == 'b0' else '!= 0'}"
+            reference = "arXiv 2406.14956, section 3; proxies.py"
+            cases.append(Case(f"{function}-{point}", function, arguments, about, reference))
+    rng = torch.Generator().manual_seed(SHORT_RUN_SEED)
+    layers = network(rng)
+    batches = [examples(rng, n) for n in (4, 7, 2, 5, 3, 6, 4, 8)]
+    cases.append(
+        Case(
+            "short_run",
+            "short_run",
+            {"layers": layers, "batches": batches, "settings": {**SETTINGS, "keep": 0.5}},
+            "8 steps, decisions before steps 0, 2, 4, 6 by GRAD-NORM, all layers scored; some go "
+            "off and return; Delta-LoRA on what is on",
+            "arXiv 2406.14956, dynamic; arXiv 2309.02411",
+            {"float64": 1e-8, "float32": 1e-3},
+        )
+    )
+    return cases
+
+
+def delta_cases():
+    """One step of Delta-LoRA, and a finished run as an adapter."""
+    cases, reference = [], "arXiv 2309.02411, Algorithm 1"
+    for name, outer in (("delta_step", 4), ("delta_step-square", 5)):
+        rng = torch.Generator().manual_seed(70 + outer)
+        arguments = {
+            "weight": draw(rng, outer, 5),
+            "old_A": draw(rng, 3, 5),
+            "old_B": draw(rng, outer, 3),
+            "new_A": draw(rng, 3, 5),
+            "new_B": draw(rng, outer, 3),
+            "lora_alpha": 7,
+            "ratio": 0.75,
+        }
+        about = "W + ratio (lora_alpha / r) (B' A' - B A)"
+        cases.append(Case(name, "delta_step", arguments, about, reference))
+    for start in (-1, 2):
+        rng = torch.Generator().manual_seed(80)
+        began = torch.arange(7) > 0 if start == -1 else torch.ones(7)  # B = 0 at first, or not
+        arguments = {
+            "lora_A": draw(rng, 7, 2, 6),
+            "lora_B": draw(rng, 7, 5, 2) * began[:, None, None],
+            "lora_alpha": 5,
+            "ratio": 0.75,
+            "start": start,
+        }
+        about = "B' A' = s B_T A_T + ratio s (B_T A_T - B_b A_b), b = start + 1, R <= 2r"
+        name = f"delta_adapter-start{start}"
+        cases.append(Case(name, "delta_adapter", arguments, about, reference))
     return cases
 
 
@@ -403,4 +510,6 @@ def all_cases():
         *score_cases(),
         *allocation_cases(),
         *training_cases(),
+        *network_cases(),
+        *delta_cases(),
     ]

@@ -1,49 +1,102 @@
-"""The interface of the oracle, implemented by this repository: what a candidate may define.
+"""The interface of the oracle, with this repository's own answers.
 
-A candidate is a Python file with any subset of these functions, or with functions that raise
-NotImplementedError for what they do not do. Tensors come in float64 or float32, and are not to be
-changed. Names are those of the Hugging Face model: weights["bert.encoder.layer.0.…weight"],
-adapters["bert.encoder.layer.0.attention.self.query"] = {"lora_A": (r, in), "lora_B": (out, r),
-"lora_alpha": number}; shortcuts sit at "bert.encoder.layer.0.residual_1" and so on (README). config
-is the content of config.json. scaling = lora_alpha / r everywhere.
+A candidate is a Python file that defines any of these functions, with the same arguments and the
+same results. Nothing else of it is looked at. A function that is absent, or that raises
+NotImplementedError, is reported as "not offered".
 
-What this file does not do: compare (oracle.py), choose inputs (oracle_cases.py).
+    tensors       torch, floating-point ones in float64 and then in float32; a candidate works in
+                  the precision that it is given, and may change what it is given
+    scaling       lora_alpha / r everywhere, r = the number of rows of lora_A
+    lora_A        (r, in)
+    lora_B        (out, r)
+    weight        (out, in), as torch.nn.Linear stores it, except where `transposed` says otherwise
+    a score       a Python number, or a tensor of one element; larger = keep
+
+The functions come in four groups. A candidate takes what it has.
+
+ONE LAYER. lora_forward, lora_backward and merge: y = W x + b + scaling B A x.
+
+ALLOCATION. keep_top and within_budget take names and numbers and return a set of names.
+
+A SMALL NETWORK. grad_norm, snip, snip_ranks, synflow, short_run; delta_step, delta_lora and
+delta_adapter. `layers` is a list of dicts with weight, lora_A, lora_B, lora_alpha; there are no
+biases:
+
+    h = x;  for each layer: h = W h + scaling B A h, then ReLU, except after the last
+    logits = h (n, classes);  L = mean over the examples of the cross-entropy
+
+`batches` is a list of dicts with x (n, in) and labels (n,); n differs from batch to batch. Scores
+come from L, the mean over all examples of all batches. Results are lists in the order of layers.
+
+A TRANSFORMER. logits, scores, rank_scores and train: BERT or OPT for sequence classification.
+config is the content of config.json as transformers writes it, weights are all tensors under their
+Hugging Face names ("bert.encoder.layer.0.output.dense.weight"), and adapters holds the pairs by the
+path of the layer: adapters["bert.encoder.layer.0.attention.self.query"] = {"lora_A", "lora_B",
+"lora_alpha"}. Dropout is 0. HeteroLoRA's shortcuts are pairs too, at the path of their block
+("bert.encoder.layer.0.residual_1"); with P(x) = scaling B A x and x the input of the block,
+
+    BERT   u = LayerNorm(x + P_residual_1(x) + attention(x)) + P_shortcut_ffn(u of the block before)
+           y = LayerNorm(u + P_residual_2(u) + FFN(u)) + P_shortcut_sa(x)
+    OPT    u = x + P_residual_1(x) + attention(LayerNorm(x)) + P_shortcut_ffn(u of the block before)
+           y = u + P_residual_2(u) + FFN(LayerNorm(u)) + P_shortcut_sa(x)
+
+y is the output of the block. A pair that is absent contributes nothing; the first block has no
+shortcut_ffn. A batch is a dict with input_ids, attention_mask (padding on the right), labels and,
+for BERT, token_type_ids.
+
+What this file does not do: compare (check.py), choose inputs (cases.py).
 """
 
 import copy
+import types
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import allocate
 import lora
 import proxies
 from delta_lora import DeltaLoRA
-from model import Config, Transformer
+from model import Config, Output, Transformer
+from relatives.single_ranks import score_ranks
 from support import hf_folder
 from tools.peft.writing import full_path
+
+PLACES = lora.LINEARS + lora.RESIDUALS + lora.CROSS
 
 # ----------------------------------------------------------------------------------- one LoRA layer
 
 
-def layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed):
-    """A LoRALayer; transposed: the weight is stored (in, out), as GPT-2's Conv1D does."""
+def layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed=False):
+    """A LoRALayer of given tensors; bias may be None."""
     weight = weight.T if transposed else weight  # (out, in)
-    base = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    base.weight, base.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-    layer = lora.LoRALayer(base, weight.shape[1], weight.shape[0], len(lora_A), lora_alpha)
+    outer, inner = weight.shape
+    kind = {"bias": bias is not None, "dtype": weight.dtype}
+    base = nn.utils.skip_init(nn.Linear, inner, outer, **kind)
+    base.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        base.bias = nn.Parameter(bias.clone())
+    layer = lora.LoRALayer(base, inner, outer, len(lora_A), lora_alpha)
     layer.lora_A, layer.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
     base.requires_grad_(False)
     return layer
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
-    """W x + b + scaling B A x: (n, in) -> (n, out)."""
+    """y = W x + b + scaling B A x, row by row: x (n, in) -> (n, out).
+
+    transposed: the weight comes as (in, out), as GPT-2's Conv1D stores it; all else is the same.
+    """
     return layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed)(x).detach()
 
 
 def lora_backward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed, grad):
-    """Given dL/dy (n, out): {"x": dL/dx, "lora_A": dL/dA, "lora_B": dL/dB}."""
+    """The gradients of lora_forward, given grad = dL/dy (n, out).
+
+    Returns:
+        {"x": dL/dx (n, in), "lora_A": dL/dA (r, in), "lora_B": dL/dB (out, r)}.
+    """
     layer, x = layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed), x.clone()
     wanted = {"x": x.requires_grad_(True), "lora_A": layer.lora_A, "lora_B": layer.lora_B}
     gradients = torch.autograd.grad(layer(x), list(wanted.values()), grad)
@@ -51,92 +104,206 @@ def lora_backward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed, grad)
 
 
 def merge(weight, lora_A, lora_B, lora_alpha, transposed):
-    """The weight that alone computes the same, stored as it came."""
-    bias = weight.new_zeros(len(lora_B))
-    layer = layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed)
+    """The one weight that computes what W and the pair do; stored as W came, see transposed."""
+    layer = layer_of(weight, None, lora_A, lora_B, lora_alpha, transposed)
     merged = (layer.base.weight + layer.delta_w()).detach()
     return merged.T if transposed else merged
-
-
-# ------------------------------------------------------------------------------ a small transformer
-
-
-def build(config, weights, adapters):
-    """Our model from Hugging Face names: (model, {our name: full path})."""
-    c = Config.from_hf(config, num_labels=config["num_labels"])
-    with torch.device("meta"):
-        model = Transformer(c)
-    state, _ = hf_folder.convert(weights, c, model.state_dict(), model.head)
-    model.load_state_dict(state, assign=True)
-    model.to(next(iter(weights.values())).dtype)
-    paths = {}
-    for i in range(c.num_layers):
-        for place in lora.LINEARS + lora.RESIDUALS + lora.CROSS:
-            name = f"layers.{i}.{place}"
-            if full_path(c.family, name) in adapters:
-                paths[name] = full_path(c.family, name)
-    targets = dict.fromkeys(n.rpartition(".")[2] for n in paths if not allocate.is_shortcut(n))
-    shortcuts = dict.fromkeys(n.rpartition(".")[2] for n in paths if allocate.is_shortcut(n))
-    lora.inject(model, tuple(targets), r=1, shortcuts=tuple(shortcuts))
-    for name, layer in lora.adapters(model).items():
-        given = adapters[paths[name]]
-        layer.lora_A = nn.Parameter(given["lora_A"].clone())
-        layer.lora_B = nn.Parameter(given["lora_B"].clone())
-        layer.r, layer.lora_alpha = len(layer.lora_A), given["lora_alpha"]
-        layer.scaling = layer.lora_alpha / layer.r
-    lora.mark_trainable(model)
-    return model.eval(), paths
-
-
-def logits(config, weights, adapters, batch):
-    """(b, num_labels) of a batch: input_ids, attention_mask, labels, token_type_ids (BERT)."""
-    model, _ = build(config, weights, adapters)
-    return model(**batch).logits.detach()
-
-
-def scores(proxy, config, weights, adapters, batches):
-    """{full path: score} over all batches, by a proxy of proxies.py."""
-    model, paths = build(config, weights, adapters)
-    found = proxies.PROXIES[proxy](model, batches)
-    return {paths[name]: value for name, value in found.items()}
-
-
-def rank_scores(proxy, config, weights, adapters, batches):
-    """{full path: [score of row k of A with column k of B]}."""
-    model, paths = build(config, weights, adapters)
-    found = proxies.score_ranks(proxy, model, batches)
-    return {paths[name]: values for name, values in found.items()}
 
 
 # --------------------------------------------------------------------------------------- allocation
 
 
 def keep_top(scores, keep, together):
-    """The names that are on; names that end in residual_1 … shortcut_ffn are shortcuts."""
+    """The best floor(keep n_l) + round(keep n_s) names of n_l LoRA modules and n_s shortcuts.
+
+    A name that ends in residual_1, residual_2, shortcut_sa or shortcut_ffn is a shortcut. round is
+    Python's: halves to even. Between equal scores any choice is right.
+
+    Args:
+        scores: dict name -> number, which may be negative; larger = keep.
+        keep: number, 0 < keep <= 1.
+        together: one ranking of all; else floor(keep n_l) modules and round(keep n_s) shortcuts,
+            each ranked among their own kind.
+
+    Returns:
+        set of names.
+
+    Raises:
+        ValueError: there is nothing to keep.
+    """
     return allocate.keep_top(scores, keep, together)
 
 
 def within_budget(scores, costs, budget):
-    """The best set of names whose costs fit; ValueError where none does."""
+    """The set of names with the largest sum of scores whose sum of costs is at most the budget.
+
+    Args:
+        scores: dict name -> number, which may be negative. costs: dict name -> int > 0.
+        budget: int; may be met exactly.
+
+    Returns:
+        set of names; any of the best sets.
+
+    Raises:
+        ValueError: no module fits.
+    """
     return allocate.within_budget(scores, costs, budget)
 
 
-# ----------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------- a small network
+
+
+class Network(nn.Module):
+    """The small network as a model that proxies.py and delta_lora.py take, a layer a block.
+
+    h = W h + scaling B A h, ReLU between layers; logits are the last h.
+    """
+
+    head = ()
+
+    def __init__(self, layers):
+        super().__init__()
+        inner = layers[0]["weight"].shape[1]
+        self.config = types.SimpleNamespace(head="classification", hidden_size=inner)
+        table = nn.Embedding(1, inner, dtype=layers[0]["weight"].dtype)
+        self.word_embeddings = self.position_embeddings = table  # SYNFLOW takes its ones from here
+        self.layers = nn.ModuleList(nn.Module() for _ in layers)
+        for block, layer in zip(self.layers, layers, strict=True):
+            for place in PLACES:
+                setattr(block, place, None)
+            block.q_proj = layer_of(bias=None, **layer)
+        lora.mark_trainable(self)
+
+    def encode(self, x, mask=None):
+        for block in self.layers[:-1]:
+            x = F.relu(block.q_proj(x))
+        return self.layers[-1].q_proj(x)
+
+    def forward(self, x, labels):
+        logits = self.encode(x)
+        return Output(logits, F.cross_entropy(logits, labels))
+
+
+def grad_norm(layers, batches):
+    """GRAD-NORM: [||dL/dA||_F + ||dL/dB||_F of each layer]."""
+    return list(proxies.PROXIES["grad_norm"](Network(layers), batches).values())
+
+
+def snip(layers, batches):
+    """SNIP: [sum |A o dL/dA| + sum |B o dL/dB| of each layer], o entry by entry."""
+    return list(proxies.PROXIES["snip"](Network(layers), batches).values())
+
+
+def snip_ranks(layers, batches):
+    """SNIP of each rank-one part: [[sum_j |A_kj dL/dA_kj| + sum_i |B_ik dL/dB_ik| for k] by layer].
+
+    Part k is row k of A with column k of B.
+    """
+    return list(score_ranks("snip", Network(layers), batches).values())
+
+
+def synflow(layers):
+    """SYNFLOW: [sum |A o dR/dA| + sum |B o dR/dB| of each layer], without data.
+
+    R = the sum of the network's output for an input of ones, with |W|, |A| and |B| in place of W, A
+    and B (ReLU changes nothing then).
+    """
+    return list(proxies.PROXIES["synflow"](Network(layers), []).values())
+
+
+def short_run(layers, batches, settings):
+    """A run of dynamic HeteroLoRA with Delta-LoRA: step t = 0, 1, … takes batches[t].
+
+    Before step 0, every, 2 every, … all layers, on or off, are scored by GRAD-NORM on the first
+    score_batches batches, with all pairs in the forward pass. The best floor(keep n) of n layers
+    are on until the next decision. A pair that is off takes no part in the forward pass, gets no
+    step, no decay and no new moments, and keeps A, B and its moments, Adam's step count too, for
+    when it returns.
+
+    Then AdamW as in torch for A and B of what is on; and in every step t > delta_start
+    W <- W + delta_ratio scaling (B' A' - B A) for what is on, with A, B before and A', B' after the
+    step of AdamW.
+
+    Args:
+        settings: dict with every, score_batches, keep, delta_ratio, delta_start, adamw (lr,
+            weight_decay, betas, eps: keyword arguments of torch.optim.AdamW).
+
+    Returns:
+        {"losses": [L of each step's batch, before the step], "on": [sorted indices of layers, one
+        list a decision], "adapters": [{"lora_A", "lora_B"}], "weights": [W]}.
+    """
+    model = Network(layers)
+    losses, decisions = run(model, batches, settings)
+    order = {name: i for i, name in enumerate(lora.adapters(model))}
+    pairs = list(lora.adapters(model).values())
+    return {
+        "losses": losses,
+        "on": [sorted(order[name] for name in chosen) for chosen in decisions],
+        "adapters": [pair_of(layer) for layer in pairs],
+        "weights": [layer.base.weight.detach() for layer in pairs],
+    }
+
+
+def pair_of(layer):
+    return {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+
+
+def run(model, batches, settings):
+    """The loop of short_run and train: (losses, [set of names that are on, one a decision])."""
+    layers, s = lora.adapters(model), settings
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, **s["adamw"])
+    delta, losses, decisions = DeltaLoRA(model, s["delta_ratio"], s["delta_start"]), [], []
+    for step, batch in enumerate(batches):
+        if step % s["every"] == 0:
+            found = proxies.PROXIES["grad_norm"](model, batches[: s["score_batches"]])
+            chosen = allocate.keep_top(found, s["keep"])
+            for name, layer in layers.items():
+                layer.enabled = name in chosen
+            decisions.append(chosen)
+        loss = model(**batch).loss
+        loss.backward()
+        delta.before_step()
+        optimizer.step()
+        delta.after_step()
+        optimizer.zero_grad(set_to_none=True)  # None, not 0: what is off gets no step
+        losses.append(loss.item())
+    return losses, decisions
+
+
+# --------------------------------------------------------------------------------------- Delta-LoRA
+
+
+def delta_layer(weight, lora_A, lora_B, lora_alpha, ratio, start):
+    """(LoRALayer, DeltaLoRA) of a network of one layer."""
+    pair = {"lora_A": lora_A, "lora_B": lora_B, "lora_alpha": lora_alpha}
+    model = Network([{"weight": weight, **pair}])
+    return model.layers[0].q_proj, DeltaLoRA(model, ratio, start)
+
+
+@torch.no_grad()
+def delta_step(weight, old_A, old_B, new_A, new_B, lora_alpha, ratio):
+    """The new weight, W + ratio scaling (B' A' - B A): A, B are old, A', B' new."""
+    layer, delta = delta_layer(weight, old_A, old_B, lora_alpha, ratio, -1)
+    delta.before_step()
+    layer.lora_A.copy_(new_A)
+    layer.lora_B.copy_(new_B)
+    delta.after_step()
+    return layer.base.weight.detach()
 
 
 def delta_lora(weight, lora_A, lora_B, lora_alpha, x, y, ratio, start, steps, adamw):
-    """Delta-LoRA on L = mean (W x + scaling B A x - y)^2, A and B by AdamW (adamw: its arguments).
+    """Delta-LoRA on L = the mean over all entries of (W x + scaling B A x - y)^2.
+
+    Step t = 0, 1, … steps - 1: gradients of A and B, a step of torch.optim.AdamW(**adamw) for both,
+    then W as in delta_step if t > start. x is (n, in), y (n, out).
 
     Returns:
-        for each step a dict: weight, lora_A, lora_B, and for A and B exp_avg_… and exp_avg_sq_….
+        [for each step a dict: weight, lora_A, lora_B as they are after it, and AdamW's moments
+        exp_avg_lora_A, exp_avg_sq_lora_A, exp_avg_lora_B, exp_avg_sq_lora_B].
     """
-    layer = layer_of(weight, weight.new_zeros(len(weight)), lora_A, lora_B, lora_alpha, False)
-    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], **adamw)
-    holder = nn.Module()  # what lora.adapters looks through
-    holder.layers = nn.ModuleList([nn.Module()])
-    for place in lora.LINEARS + lora.RESIDUALS + lora.CROSS:
-        setattr(holder.layers[0], place, layer if place == "q_proj" else None)
-    delta, result = DeltaLoRA(holder, ratio, start), []
+    layer, delta = delta_layer(weight, lora_A, lora_B, lora_alpha, ratio, start)
+    optimizer, result = torch.optim.AdamW([layer.lora_A, layer.lora_B], **adamw), []
     for _ in range(steps):
         optimizer.zero_grad()
         (layer(x) - y).square().mean().backward()
@@ -151,42 +318,100 @@ def delta_lora(weight, lora_A, lora_B, lora_alpha, x, y, ratio, start, steps, ad
     return result
 
 
-def train(config, weights, adapters, batches, settings):
-    """A short run of dynamic HeteroLoRA, with Delta-LoRA: every step takes the next batch.
+@torch.no_grad()
+def delta_adapter(lora_A, lora_B, lora_alpha, ratio, start):
+    """A finished run of Delta-LoRA as a plain adapter of scaling 1 on the weight W_0 it began with.
 
-    Before step 0, every, 2 every, … all modules are scored by GRAD-NORM on the first score_batches
-    batches, and keep_top(keep, together) decides what is on; what is off gets no gradient and no
-    step, and keeps its moments. AdamW on A, B and the head; W moves as in delta_lora.
+    The updates of delta_step for every step t > start sum up to two products; with the pair itself
+    the whole change of the layer is B' A', of rank <= 2r.
 
     Args:
-        settings: every, score_batches, keep, delta_ratio, delta_start, adamw.
+        lora_A: (T + 1, r, in): A before the first step, after step 0, after step 1 … after step
+            T - 1; lora_B: (T + 1, out, r).
 
     Returns:
-        {"losses": [...], "on": [[full path, …] for each decision], "adapters": {full path:
-        {"lora_A", "lora_B"}}, "weights": {full path of each adapted layer: W}}.
+        {"lora_A": A' (R, in), "lora_B": B' (out, R)} with R <= 2r. The product is what is compared.
+    """
+    weight = lora_A.new_zeros(lora_B.shape[1], lora_A.shape[2])
+    layer, delta = delta_layer(weight, lora_A[0], lora_B[0], lora_alpha, ratio, start)
+    for a, b in zip(lora_A[1:], lora_B[1:], strict=True):
+        delta.before_step()
+        layer.lora_A.copy_(a)
+        layer.lora_B.copy_(b)
+        delta.after_step()
+    ((a, b),) = delta.export().values()
+    return {"lora_A": a, "lora_B": b}
+
+
+# ------------------------------------------------------------------------------------ a transformer
+
+
+def build(config, weights, adapters):
+    """Our model from Hugging Face names: (model, {our name: full path})."""
+    c = Config.from_hf(config, num_labels=config["num_labels"])
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced below
+        model = Transformer(c)
+    state, _ = hf_folder.convert(weights, c, model.state_dict(), model.head)
+    model.load_state_dict(state, assign=True)
+    model.to(next(iter(weights.values())).dtype)
+    names = [f"layers.{i}.{place}" for i in range(c.num_layers) for place in PLACES]
+    paths = {name: full_path(c.family, name) for name in names}
+    paths = {name: path for name, path in paths.items() if path in adapters}
+    places = dict.fromkeys(name.rpartition(".")[2] for name in paths)
+    targets = [p for p in places if p in lora.LINEARS]
+    lora.inject(model, targets, r=1, shortcuts=[p for p in places if p not in targets])
+    for name, layer in lora.adapters(model).items():
+        given = adapters[paths[name]]
+        layer.lora_A = nn.Parameter(given["lora_A"].clone())
+        layer.lora_B = nn.Parameter(given["lora_B"].clone())
+        layer.r, layer.lora_alpha = len(layer.lora_A), given["lora_alpha"]
+        layer.scaling = layer.lora_alpha / layer.r
+    lora.mark_trainable(model)
+    return model.eval(), paths
+
+
+def logits(config, weights, adapters, batch):
+    """(n, num_labels). BERT reads the first token through its pooler, OPT the last real token."""
+    model, _ = build(config, weights, adapters)
+    return model(**batch).logits.detach()
+
+
+def scores(proxy, config, weights, adapters, batches):
+    """{path: score} of every pair, L = the mean cross-entropy over all examples of all batches.
+
+    Args:
+        proxy: "grad_norm", "snip", "grasp", "fisher", … "what" in each case's json has the formula.
+            Raise NotImplementedError for those you have not.
     """
     model, paths = build(config, weights, adapters)
-    layers, s = lora.adapters(model), settings
-    optimizer = torch.optim.AdamW(lora.trainable(model).values(), **s["adamw"])
-    delta, losses, on = DeltaLoRA(model, s["delta_ratio"], s["delta_start"]), [], []
-    for step, batch in enumerate(batches):
-        if step % s["every"] == 0:
-            found = proxies.grad_norm(model, batches[: s["score_batches"]])
-            chosen = allocate.keep_top(found, s["keep"])
-            for name, layer in layers.items():
-                layer.enabled = name in chosen
-            on.append(sorted(paths[name] for name in chosen))
-        loss = model(**batch).loss
-        loss.backward()
-        delta.before_step()
-        optimizer.step()
-        delta.after_step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    pairs = {
-        paths[n]: {"lora_A": a.lora_A.detach(), "lora_B": a.lora_B.detach()}
-        for n, a in layers.items()
+    found = proxies.PROXIES[proxy](model, batches)
+    return {paths[name]: value for name, value in found.items()}
+
+
+def rank_scores(proxy, config, weights, adapters, batches):
+    """{path: [score of row k of A with column k of B, for k = 0 … r - 1]}: "grad_norm", "snip"."""
+    model, paths = build(config, weights, adapters)
+    found = score_ranks(proxy, model, batches)
+    return {paths[name]: values for name, values in found.items()}
+
+
+def train(config, weights, adapters, batches, settings):
+    """short_run on a transformer.
+
+    AdamW also trains the head (BERT: pooler and classifier, OPT: score). The choice is
+    keep_top(scores, keep, together=True). W of a shortcut, the identity or zero, does not move.
+
+    Returns:
+        {"losses": [...], "on": [sorted paths, one list a decision], "adapters": {path: {"lora_A",
+        "lora_B"}}, "weights": {path of each adapted linear layer: W}}.
+    """
+    model, paths = build(config, weights, adapters)
+    losses, decisions = run(model, batches, settings)
+    layers = {paths[name]: layer for name, layer in lora.adapters(model).items()}
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer.base, nn.Linear)}
+    return {
+        "losses": losses,
+        "on": [sorted(paths[name] for name in chosen) for chosen in decisions],
+        "adapters": {path: copy.deepcopy(pair_of(layer)) for path, layer in layers.items()},
+        "weights": {path: layer.base.weight.detach().clone() for path, layer in linear.items()},
     }
-    linear = {n: a for n, a in layers.items() if isinstance(a.base, nn.Linear)}
-    moved = {paths[n]: a.base.weight.detach() for n, a in linear.items()}
-    return copy.deepcopy({"losses": losses, "on": on, "adapters": pairs, "weights": moved})

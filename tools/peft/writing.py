@@ -1,4 +1,4 @@
-"""A run of ours as a PEFT adapter folder (files of PEFT 0.21), exact for every kind of run.
+"""A run of ours as a PEFT adapter folder (the files of PEFT 0.21), exact for every kind of run.
 
     ours                       PEFT (full paths: relative to the HF model)
     layers.0.q_proj.lora_A     base_model.model.<full path>.lora_A.weight       (r, in)
@@ -6,25 +6,26 @@
     scaling                    lora_alpha / r, by module: alpha_pattern / rank_pattern
     classifier, pooler, score  base_model.model.<HF path>.weight, and modules_to_save
 
-What is off is absent: PEFT refuses rank 0. GPT-2 has q, k, v in one matrix (d -> 3d): A is stacked
-and B block-diagonal, of rank r_q + r_k + r_v. Delta-LoRA is the adapter of rank <= 2r on the
-original weights (delta_lora.py, export). The command line is peft_io.py's.
+What is off is absent: PEFT refuses rank 0. GPT-2 has q, k and v in one matrix (d -> 3d): A is
+stacked and B block-diagonal, of rank r_q + r_k + r_v. Delta-LoRA is the adapter of rank <= 2r on
+the original weights (delta_lora.DeltaLoRA.export).
 
-What this file does not do: train, read PEFT folders (peft_in.py).
+What this file does not do: train, read PEFT folders (reading.py).
 """
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
 import lora
-from support import download, hf_folder, run_folder
+from support import adapter_file, download, hf_folder, run_folder
+from support.families import FAMILIES
 
 ROOT = "base_model.model."
 HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
@@ -59,35 +60,47 @@ class Pair:
 
 def full_path(family, module):
     """Our module -> its path in the HF model with a head: "bert.encoder.layer.0.…"."""
-    place = module.rpartition(".")[2]
+    record, place = FAMILIES[family], module.rpartition(".")[2]
     if place in lora.RESIDUALS + lora.CROSS:
         _, i, _ = module.split(".")
-        return f"{hf_folder.PREFIX[family]}{hf_folder.STACK[family]}.{i}.{place}"
-    outside = ("classifier", "score", "pooler") if family == "roberta" else ("classifier", "score")
-    prefix = "" if module in outside else hf_folder.PREFIX[family]
+        return f"{record.prefix}{record.stack}.{i}.{place}"
+    prefix = "" if module in record.unprefixed else record.prefix
     return prefix + hf_folder.hf_module(family, module)
+
+
+RUN_FLAGS = ("model", "lora_dropout", "shortcuts", "shortcut_norm")  # of config.json, needed here
 
 
 def read_run(folder):
     """A finished run's adapter: (flags, {our name: Pair of what is on}, {head parameter: tensor}).
 
     Raises:
-        FileNotFoundError, ValueError: no run, or not finished.
+        FileNotFoundError: no run, or not finished. ValueError: its files are not what they should
+            be.
     """
     flags = run_folder.read_config(folder)
+    absent = [name for name in RUN_FLAGS if name not in flags]
+    if absent:
+        raise ValueError(f"{folder}/config.json has no flag {', '.join(absent)}")
     path = Path(folder) / "adapter.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
         )
-    tensors = hf_folder.read_file(path)
-    with safetensors.safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["adapters"])
-    pairs = {
-        name: Pair(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], a["scaling"])
-        for name, a in about.items()
-        if a["enabled"]
-    }
+    tensors, about = adapter_file.read(path, flags["shortcut_norm"])
+    on = {name: a["scaling"] for name, a in about.items() if a["enabled"]}
+    absent = [
+        f"{n}.{key}" for n in on for key in ("lora_A", "lora_B") if f"{n}.{key}" not in tensors
+    ]
+    if absent:
+        raise ValueError(f"{path} has no {', '.join(absent)}")
+    pairs = {n: Pair(tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], s) for n, s in on.items()}
+    for name, pair in pairs.items():
+        shapes = pair.lora_A.shape, pair.lora_B.shape
+        if any(len(s) != 2 for s in shapes) or shapes[0][0] != shapes[1][1]:
+            raise ValueError(f"{path}: {name} has lora_A and lora_B of shapes that do not multiply")
+        if not pair.norm() < math.inf:
+            raise ValueError(f"{path}: {name} has a delta W that is not finite")
     head = {name: t for name, t in tensors.items() if ".lora_" not in name}
     return flags, pairs, head
 
@@ -190,11 +203,24 @@ def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropou
     return config, tensors
 
 
-def write_peft(folder, config, tensors, *copied):
-    """Write a PEFT adapter folder, whole or not at all; the same content gives the same bytes."""
-    folder = Path(folder)
+def refuse_filled(folder):
+    """Raises FileExistsError where there is something: nothing is ever overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: give another one")
+
+
+def write_peft(folder, config, tensors, *copied):
+    """Write a PEFT adapter folder, whole or not at all; the same content gives the same bytes.
+
+    Args:
+        folder: path, new or empty. config, tensors: as peft_files returns them.
+        copied: paths of files to lay beside them, where they exist.
+
+    Raises:
+        FileExistsError: the folder holds something. OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    refuse_filled(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "adapter"
@@ -212,16 +238,25 @@ def write_peft(folder, config, tensors, *copied):
 
 
 def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
-    """RUN -> a PEFT adapter folder, with the run's allocation.json beside it.
+    """RUN -> a PEFT adapter folder, with the run's allocation.json in it.
+
+    Args:
+        run, folder: paths.
+        pad: one rank for all modules, with zeros.
+        drop_shortcuts: leave out shortcuts that are zero.
+        keep_shortcuts: write shortcuts under the paths that prepare.prepare() makes.
+
+    Returns:
+        the content of adapter_config.json.
 
     Raises:
-        ValueError: shortcuts that a stock model has no place for, another LayerNorm than a stock
-            model's (--shortcut-norm reuse), or nothing on. OSError: see read_run, write_peft.
+        ValueError: shortcuts that a stock model has no place for, --shortcut-norm reuse, or
+            nothing on. OSError: see read_run, write_peft.
     """
     flags, pairs, head = read_run(run)
+    if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
+        raise ValueError("--shortcut-norm reuse adds LayerNorms that no transformers model has")
     if not keep_shortcuts:
-        if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
-            raise ValueError("--shortcut-norm reuse adds LayerNorms that a stock model lacks")
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
     family = hf_folder.read_config(download.model_folder(name)).get("model_type")

@@ -1,10 +1,10 @@
 """lora.py against PEFT: the same A and B, then the same training."""
 
+import peft
 import pytest
 import torch
 
 import lora
-import peft
 import tiny
 from support import hf_folder
 

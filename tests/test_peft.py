@@ -5,6 +5,7 @@ The files themselves are checked against PEFT in tests/peers/test_peft_files.py.
 
 import json
 import math
+import re
 
 import pytest
 import safetensors.torch
@@ -13,9 +14,9 @@ import torch
 import lora
 import tiny
 import train
-from support import run_folder
-from tools.peft import __main__ as peft_io
-from tools.peft import reading, writing
+from support import adapter_file, run_folder
+from tools.peft import __main__ as tool
+from tools.peft import commands, config, reading, writing
 
 
 def pairs_of(model):
@@ -110,27 +111,71 @@ def test_gpt2_is_fused_exactly():
     assert not delta[12:24].any()
 
 
+HUGE = 10**400  # a JSON integer beyond every float
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("field", "values", "allowed"),
     [
-        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA', only 'LORA'"),
-        *[({field: True}, f"{field} = True is not supported") for field in reading.REFUSED],
-        ({"bias": "all"}, "bias = 'all' is not supported"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base weights"),
-        ({"r": 0}, "r is 0, expected a positive number"),
-        ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a positive number"),
-        ({"rank_pattern": {"a": [True]}}, "rank_pattern is"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern has '\\(', no regular expression"),
-        ({"target_modules": None}, "target_modules is None"),
-        ({"target_modules": "*"}, "target_modules is '\\*', no regular expression"),
+        ("peft_type", ["ADALORA", None, 1], "'LORA'"),
+        ("r", [0, -1, 2.0, True, "2", None, [], math.nan], "an integer, 1 or more"),
+        (
+            "lora_alpha",
+            [0, -1, True, "x", None, [], math.nan, math.inf, -math.inf, HUGE],
+            "a finite number above 0",
+        ),
+        (
+            "rank_pattern",
+            [[], {"a": 0}, {"a": -1}, {"a": 1.5}, {"a": True}, {"a": [True]}, {"(": 2}],
+            "regular expressions with integers, 1 or more",
+        ),
+        (
+            "alpha_pattern",
+            [{"a": 0}, {"a": True}, {"a": math.nan}, {"a": math.inf}, {"a": HUGE}, {"(?i)a": 2}],
+            "regular expressions with finite numbers > 0",
+        ),
+        ("use_rslora", [1, "false", None], "true or false"),
+        ("target_modules", [None, "*", 3, [3], {}], "a list of names, or a regular expression"),
+        ("exclude_modules", ["*", [3], "a{99999999999}"], "a list of names, or a regular"),
+        ("modules_to_save", ["classifier", [1]], "a list of names"),
+        ("layers_to_transform", [True, "1", [0.5]], "an integer, or a list of integers"),
+        ("bias", ["all", None], "'none'"),
+        ("init_lora_weights", ["pissa_niter_4", "olora", "mica"], "change the base weights"),
     ],
 )
-def test_what_changes_the_function_is_refused_by_name(folder, model, changes, message):
-    change_config(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        reading.read(folder, model)
-    with pytest.raises(ValueError, match=message):
-        peft_io.inspect(folder)
+def test_a_field_of_the_config_is_checked_before_anything_is_built(
+    folder, model, field, values, allowed
+):
+    """NaN and Infinity are numbers to Python's JSON, and true is 1."""
+    for value in values:
+        change_config(folder, **{field: value})
+        for read in (lambda: reading.read(folder, model), lambda: commands.inspect(folder)):
+            with pytest.raises(ValueError, match=f"{field} is .*, allowed: .*{allowed}"):
+                read()
+
+
+def test_fields_that_may_change_the_function_are_refused_unless_empty(folder):
+    for field in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "new_in_1.0"):
+        for value in (False, None, [], {}):
+            change_config(folder, **{field: value})
+            assert commands.inspect(folder)[1]
+        change_config(folder, **{field: [1]})
+        with pytest.raises(ValueError, match=rf"{field} = \[1\] is not supported"):
+            commands.inspect(folder)
+        change_config(folder, **{field: None})
+
+
+def test_absent_fields_are_pefts_defaults(folder):
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text())
+    least = {name: content[name] for name in ("peft_type", "target_modules")}
+    path.write_text(json.dumps(least))
+    got = config.read_config(path)
+    assert (got["r"], got["lora_alpha"], got["use_rslora"]) == (8, 8, False)
+    for name in least:
+        path.write_text(json.dumps({n: v for n, v in least.items() if n != name}))
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            config.read_config(path)
 
 
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
@@ -144,14 +189,25 @@ def put(name, tensor):
     return lambda tensors: tensors.update({name: tensor})
 
 
+def zero_rank(tensors):
+    tensors[f"{QUERY}.lora_A.weight"] = torch.ones(0, 12)
+    tensors[f"{QUERY}.lora_B.weight"] = torch.ones(12, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict.clear, "has no lora_A and lora_B"),
         (drop(f"{QUERY}.lora_B.weight"), "self.query has no lora_B"),
         (put(f"{QUERY}.lora_A.weight", torch.ones(2, 12)), "rank 1 by the config, lora_A \\(2, 12"),
         (put(f"{QUERY}.lora_E.weight", torch.ones(2)), "unknown tensor .*lora_E"),
         (put("something", torch.ones(2)), "unknown tensor something"),
         (put(f"{QUERY}.lora_B.weight", torch.full((12, 1), math.nan)), "is not a tensor of finite"),
+        (put(f"{QUERY}.lora_B.weight", torch.ones(12, 1).double() * 1e300), "tensor of finite"),
+        (put(f"{QUERY}.lora_B.weight", torch.ones(12, 1, dtype=torch.int8)), "tensor of finite"),
+        (put(f"{QUERY}.lora_B.weight", torch.full((12, 1), 3e38)), "makes delta W overflow"),
+        (put(f"{QUERY}.lora_B.weight", torch.ones(12)), r"rank 1 by the config, .*\(12,\)"),
+        (zero_rank, r"rank 1 by the config, lora_A \(0, 12\), lora_B \(12, 0\)"),
         (
             drop("base_model.model.classifier.bias"),
             "classifier.bias is in modules_to_save and has no tensor",
@@ -167,7 +223,7 @@ def test_tensors_that_disagree_with_the_config(folder, model, change, message, c
     with pytest.raises(ValueError, match=message):
         reading.read(folder, model)
     only_the_model_tells = "classifier.bias" in message
-    assert peft_io.main(["inspect", str(folder)]) == (0 if only_the_model_tells else 1)
+    assert tool.main(["inspect", str(folder)]) == (0 if only_the_model_tells else 1)
     assert ("DISAGREES" in capsys.readouterr().out) != only_the_model_tells
 
 
@@ -184,7 +240,7 @@ def test_config_that_disagrees_with_the_tensors(folder, model, changes, message)
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         reading.read(folder, model)
-    assert not peft_io.inspect(folder)[1]
+    assert not commands.inspect(folder)[1]
 
 
 def test_modules_that_the_model_has_and_the_file_lacks(folder, model):
@@ -198,13 +254,55 @@ def test_modules_that_the_model_has_and_the_file_lacks(folder, model):
     assert len(reading.read(folder, model)[0]) == 5
 
 
-def test_a_folder_for_another_model(folder):
-    with pytest.raises(ValueError, match="is no layer that we adapt in a opt model"):
-        reading.read(folder, tiny.model("opt"))
-    with pytest.raises(ValueError, match=r"delta W is \(12, 12\), the layer is \(24, 24\)"):
-        reading.read(folder, tiny.model("bert", hidden_size=24, embed_dim=24))
+OTHER_MODELS = {  # what differs -> what is said
+    "wider": ({"hidden_size": 24}, r"query: delta W is \(12, 12\), the layer is \(24, 24\)"),
+    "another FFN": ({"intermediate_size": 28}, r"dense: delta W is \(20, 12\), .* \(28, 12\)"),
+    "fewer layers": ({"num_hidden_layers": 2}, r"layer.2.* is no layer that we adapt in a bert"),
+    "another family": ({"model_type": "roberta"}, "is no layer that we adapt in a roberta model"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_a_folder_for_another_model(folder, tmp_path, kind, capsys):
+    """inspect --model sees it from shapes alone: the model's folder has no weights."""
+    changes, message = OTHER_MODELS[kind]
+    base = tmp_path / "base"
+    base.mkdir()
+    base_config = {**tiny.BERT_CONFIG, "num_hidden_layers": 3}
+    (base / "config.json").write_text(json.dumps(base_config))
+    argv = ["inspect", str(folder), "--model", str(base)]
+    assert tool.main(argv) == 0
+    assert "DISAGREES" not in capsys.readouterr().out
+    (base / "config.json").write_text(json.dumps({**base_config, **changes}))
+    assert tool.main(argv) == 1
+    assert re.search(f"DISAGREES: .*{message}", capsys.readouterr().out)
+    assert tool.main(argv[:2]) == 0  # without a model all is well
+    with pytest.raises(ValueError, match=message):
+        reading.read(folder, reading.shapes_of(str(base), 3))
+
+
+def test_only_the_input_width_is_wrong(folder, model):
+    def change(tensors):
+        name = f"{QUERY}.lora_A.weight"
+        tensors[name] = torch.ones(len(tensors[name]), 13)
+
+    change_tensors(folder, change)
+    assert commands.inspect(folder)[1]
+    with pytest.raises(ValueError, match=r"query: delta W is \(12, 13\), the layer is \(12, 12\)"):
+        reading.read(folder, model)
+
+
+def test_a_head_for_another_number_of_labels(folder):
+    assert reading.labels_of(reading.read_folder(folder)[2]) == 3
     with pytest.raises(ValueError, match=r"classifier.weight is \(3, 12\), the model's is \(5, 12"):
         reading.read(folder, tiny.model("bert", num_labels=5))
+
+
+def test_nothing_is_drawn_from_the_callers_generator(folder, model):
+    pairs, head = reading.read(folder, model)
+    before = torch.get_rng_state()
+    reading.put(model, pairs, head)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rslora_is_only_a_scale(folder, model):
@@ -220,11 +318,11 @@ def test_pattern_keys_match_as_pefts_do():
     hits = ["fc1", "11.fc1", "layers.11.fc1", path, f"^{path}", r"layers\.\d+\.fc1", ".*fc1"]
     misses = ["1.fc1", "layers.1.fc1", "fc", "^fc1", f"base_model.model.{path}"]
     for key in [*hits, "fc1|fc2", *misses]:
-        assert (reading.pattern_value({key: 7}, path, 0) == 7) == (key not in misses), key
+        assert (config.pattern_value({key: 7}, path, 0) == 7) == (key not in misses), key
 
 
 def test_inspect_prints_the_table(folder, capsys):
-    assert peft_io.main(["inspect", str(folder)]) == 0
+    assert tool.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     pair = reading.read_folder(folder)[1]["bert.encoder.layer.1.attention.self.query"]
     norm = (pair.scaling * pair.lora_B @ pair.lora_A).norm().item()
@@ -241,11 +339,11 @@ def test_command_line(tmp_path, capsys):
     flags = f"--task mrpc --data-dir {task} --model {base} --r 2 --epochs 1 --batch-size 5"
     common = [*flags.split(), "--lr", "0.05", "--device", "cpu"]
     assert train.main([*common, "--preset", "lora", "--out", str(run)]) == 0
-    assert peft_io.main(["export", str(run), str(adapter)]) == 0
-    assert peft_io.main(["export", str(run), str(adapter)]) == 2
+    assert tool.main(["export", str(run), str(adapter)]) == 0
+    assert tool.main(["export", str(run), str(adapter)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
     given = ["--model", str(base), "--task", "mrpc", "--data-dir", str(task)]
-    assert peft_io.main(["import", str(adapter), str(back), *given]) == 0
+    assert tool.main(["import", str(adapter), str(back), *given]) == 0
     last = run_folder.read_log(run)[-1]
     metric = f"accuracy {last['accuracy']:.4f}, f1 {last['f1']:.4f}"
     assert f"4 modules, 192 parameters\n{metric}\n" in capsys.readouterr().out
@@ -257,13 +355,57 @@ def test_command_line(tmp_path, capsys):
     dead = ["--preset", "lora", "--shortcuts", "all", "--lr", "0", "--out", str(shortcuts)]
     assert train.main([*common, *dead]) == 0
     refused = tmp_path / "refused"
-    assert peft_io.main(["export", str(shortcuts), str(refused)]) == 2
+    assert tool.main(["export", str(shortcuts), str(refused)]) == 2
     assert "7 shortcuts are on, all zero: --drop-shortcuts" in capsys.readouterr().err
     assert not refused.exists()
-    assert peft_io.main(["export", str(shortcuts), str(refused), "--drop-shortcuts"]) == 0
+    assert tool.main(["export", str(shortcuts), str(refused), "--drop-shortcuts"]) == 0
     assert len(reading.read_folder(refused)[1]) == 4
-    assert peft_io.main(["inspect", str(tmp_path)]) == 2
+    assert tool.main(["inspect", str(tmp_path)]) == 2
     assert "is no PEFT adapter" in capsys.readouterr().err
+
+
+def made_up_run(folder, flags=(), tensors=(), about=None):
+    """A run folder of one module of rank 2, with changes; about: the metadata in its adapter."""
+    folder.mkdir()
+    given = {"model": "base", "lora_dropout": 0.0, "shortcuts": "none", "shortcut_norm": "none"}
+    given |= dict(flags)
+    run_folder.write_json(folder / "config.json", {"flags": given})
+    name = "layers.0.q_proj"
+    content = {f"{name}.lora_A": torch.ones(2, 12), f"{name}.lora_B": torch.ones(12, 2)}
+    content |= dict(tensors)
+    about = {name: {"r": 2, "scaling": 0.5, "enabled": True}} if about is None else about
+    adapter_file.write(folder, content, about, given["shortcut_norm"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"about": {"layers.1.q_proj": {"r": 2, "scaling": 1, "enabled": True}}},
+            "has no layers.1.q_proj.lora_A, layers.1.q_proj.lora_B",
+        ),
+        ({"about": {"layers.0.q_proj": {"enabled": True}}}, "is no adapter of this program"),
+        ({"about": [1]}, "is no adapter of this program"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12, 3)}}, "do not multiply"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.ones(12)}}, "do not multiply"),
+        ({"tensors": {"layers.0.q_proj.lora_B": torch.full((12, 2), math.nan)}}, "is not finite"),
+        ({"flags": {"shortcuts": "all", "shortcut_norm": "reuse"}}, "LayerNorms that no transf"),
+    ],
+)
+def test_a_run_that_does_not_export_is_one_line(tmp_path, changes, message, capsys):
+    run = made_up_run(tmp_path / "run", **changes)
+    assert tool.main(["export", str(run), str(tmp_path / "out"), "--keep-shortcuts"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_a_version_without_a_flag(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    run_folder.write_json(run / "config.json", {"flags": {"model": "base", "shortcuts": "none"}})
+    with pytest.raises(ValueError, match=r"has no flag lora_dropout, shortcut_norm$"):
+        writing.export(run, tmp_path / "out")
 
 
 def test_pickled_code_is_not_executed(folder, model):
@@ -273,5 +415,5 @@ def test_pickled_code_is_not_executed(folder, model):
 
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": Evil()}, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="is not a file of plain tensors"):
+    with pytest.raises(ValueError, match=r"holds code \(\S+\), refused"):
         reading.read(folder, model)

@@ -1,0 +1,139 @@
+"""A run in memory, and what of it goes into its folder: log, decisions, checkpoint, result.
+
+    position    epoch (finished ones), step_in_epoch, step (in all)
+
+What this file does not do: train or decide anything (train.py), formats (run_folder.py,
+checkpoint.py, adapter_file.py).
+"""
+
+import dataclasses
+import types
+from pathlib import Path
+
+import torch
+
+import allocate
+import lora
+from delta_lora import DeltaLoRA
+from support import checkpoint, distributed, glue, report, run_folder
+
+PROGRESS = {  # what a checkpoint says of how far a run is
+    "position": ("epoch", "step_in_epoch", "step"),
+    "metrics": ("best", "last", "seconds", "score_seconds"),
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop needs; what changes in it is what a checkpoint stores."""
+
+    args: types.SimpleNamespace  # the flags, for train.py alone
+    task: glue.Task
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    train: list  # encoded examples
+    dev: list
+    test: list | None  # with labels, and asked for
+    device: torch.device
+    notes: list  # lines for the person who started the run
+    proxy: str = ""  # what the plan's scores come from
+    plan: allocate.Reallocator | None = None
+    delta: DeltaLoRA | None = None
+    folder: Path | None = None
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: dict | None = None  # metrics of the best epoch
+    last: dict | None = None
+    test_metrics: dict | None = None
+    test_predictions: str | None = None
+    seconds: float = 0.0
+    score_seconds: float = 0.0  # of these, spent on decisions
+    asked_to_stop: bool = False  # this process was, by Ctrl-C or SIGTERM
+    stop: bool = False  # some process was, and all of them know
+
+
+def log(run, event, **values):
+    """A line of metrics.jsonl, where this process has a run folder to write to."""
+    if run.folder:
+        run_folder.log(run.folder, event, **values)
+
+
+def write_history(run):
+    """allocation.json: every decision so far."""
+    if not run.folder:
+        return
+    plan = run.plan
+    budget = {"keep": plan.keep} if plan.budget is None else {"parameters": plan.budget}
+    content = {"proxy": run.proxy, "mode": plan.mode, "budget": budget, "costs": plan.costs}
+    run_folder.write_json(run.folder / "allocation.json", {**content, "history": plan.history})
+
+
+def save(run):
+    """Write a checkpoint; every process calls this, the first one writes."""
+    generators = distributed.gather(checkpoint.random_state(run.device))
+    if distributed.rank() == 0:
+        state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
+        state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
+        lines = len(run_folder.read_log(run.folder))
+        checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
+
+
+def restore(run, state, seed):
+    """Put a checkpoint back into a Run that was set up from the same flags. ValueError: others.
+
+    Returns:
+        str: what another number of processes means for the run, "" where it is the same number.
+    """
+    parts = (run.model, run.optimizer, run.plan, run.delta)
+    note = checkpoint.restore(state, *parts, run.device, seed)
+    for name, value in {**state["position"], **state["metrics"]}.items():
+        setattr(run, name, value)
+    return note
+
+
+def counts(model):
+    """(trainable parameters of the adapters that are on, of the head)."""
+    found = lora.count_trainable(model)
+    head = sum(found[module] for module in model.head)
+    return sum(found.values()) - head, head
+
+
+def finish(run, method, control):
+    """Write the adapter and the last line of the log.
+
+    Args:
+        method: str, the method in one line. control: (command, parameters), or None.
+
+    Returns:
+        the table that is printed.
+    """
+    pairs = run.delta.export() if run.delta else None
+    lora.save_adapter(run.model, run.folder, pairs)
+    adapters, head = counts(run.model)
+    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
+        log(
+            run,
+            "done",
+            **run.last,
+            dev=run.last,
+            test=run.test_metrics,
+            test_predictions=run.test_predictions,
+            best=run.best,
+            trainable={"adapters": adapters, "head": head},
+            seconds=round(run.seconds, 2),
+            score_seconds=round(run.score_seconds, 2),
+        )
+    return report.table(
+        method=method,
+        adapters=adapters,
+        head=head,
+        last=run.last,
+        best=run.best,
+        test=run.test_metrics,
+        seconds=run.seconds,
+        score_seconds=run.score_seconds,
+        decisions=len(run.plan.history) if run.plan else 0,
+        folder=run.folder,
+        control=control,
+    )

@@ -1,0 +1,59 @@
+"""tools/bench: how times and peaks are taken, and its command line. No test measures speed."""
+
+import math
+import statistics
+
+import pytest
+
+from tools.bench import __main__ as bench
+from tools.bench import peak, timing
+
+
+def test_arms_take_turns_and_the_first_round_is_not_counted():
+    said = []
+    arms = {name: [lambda s=f"{name}{i}": said.append(s) for i in (1, 2)] for name in "ab"}
+    seconds = timing.interleaved(arms, 3)
+    assert said == ["a1", "b1", "a2", "b2"] * 4  # three rounds, and the one that warms up
+    assert [len(values) for values in seconds.values()] == [3, 3]
+
+
+def test_ratio_is_of_medians_and_its_range_of_rounds():
+    assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 8.0]) == (4 / 3, 0.5, 3.0)
+    assert timing.show((4 / 3, 0.5, 3.0)) == "1.33 (0.50 … 3.00)"
+
+
+def test_a_peak_is_above_what_was_there_and_forgets_the_one_before():
+    def work(mib):
+        return lambda: b"x" * (mib << 20) and None
+
+    large, small = peak.peak_above(work(256)), peak.peak_above(work(64))
+    assert 250 < large < 300 and 60 < small < 100
+
+
+def test_a_call_in_a_fresh_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # wherever it is started
+    assert peak.in_fresh_process(statistics.fmean, data=[1, 2, 6]) == 3
+    with pytest.raises(RuntimeError, match=r"math\.sqrt in a new process: TypeError"):
+        peak.in_fresh_process(math.sqrt, x=1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train --rounds 2", "is 2, allowed: an integer, 3 or more"),
+        ("agreement --seeds 0,x", "is 0,x, allowed: integers such as 0,1,2"),
+        ("delta --task mrpc", "unrecognized arguments: --task mrpc"),  # it would do nothing
+        ("speed", "invalid choice: 'speed'"),
+    ],
+)
+def test_what_a_benchmark_does_not_take_is_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        bench.main(argv.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_bad_data_is_one_line(tmp_path, capsys):
+    argv = ["score", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path)]
+    assert bench.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tools.bench: ") and error.count("\n") == 1

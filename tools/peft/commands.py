@@ -1,0 +1,67 @@
+"""What the commands do with a PEFT folder: import_folder() and inspect(); export is writing.py's.
+
+What this file does not do: read the command line or print (__main__.py).
+"""
+
+from pathlib import Path
+
+from model import load_pretrained
+from support import adapter_file, evaluation, glue, report
+from tools.peft import reading, writing
+
+
+def import_folder(folder, out, model_name, task=None, data_dir=None):
+    """A PEFT folder -> OUT/adapter.safetensors; the text to print.
+
+    Args:
+        folder, out: paths. model_name: as of train.py.
+        task, data_dir: as of train.py; with a task, its metrics on the development set too.
+
+    Raises:
+        ValueError, OSError: see reading.read; OUT is not empty; see glue.load_task.
+    """
+    folder, out = Path(folder), Path(out)
+    writing.refuse_filled(out)
+    head = reading.read_folder(folder)[2]  # what the config alone refuses needs no model
+    labels = glue.TASKS[task].num_labels if task else reading.labels_of(head)
+    model, tokenizer = load_pretrained(model_name, num_labels=labels)
+    pairs, head = reading.read(folder, model)
+    layers = reading.put(model, pairs, head)
+    total = sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs.values())
+    found = f"{len(pairs)} modules, {total:,} parameters"
+    if task:
+        _, dev = glue.load_task(task, data_dir)
+        examples, _ = glue.encode(dev, tokenizer, min(128, model.config.max_positions))
+        found += "\n" + report.show(evaluation.evaluate(model, glue.TASKS[task], examples))
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
+    tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
+    about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}
+    adapter_file.write(out, tensors, about, model.config.shortcut_norm)
+    return f"{found}\n{out / 'adapter.safetensors'}"
+
+
+def inspect(folder, model_name=None):
+    """(lines of a table, whether all agrees) of a PEFT folder: module, rank, alpha, ||delta W||.
+
+    Args:
+        folder: path.
+        model_name: as of train.py; config and tensors are compared with its shapes too.
+    """
+    config, pairs, head, problems = reading.read_folder(folder)
+    if model_name:
+        model = reading.shapes_of(model_name, reading.labels_of(head))
+        problems += reading.fit(config, pairs, head, model)[2]
+    width = max((len(name) for name in pairs), default=6)
+    lines = [f"{'module':<{width}} {'r':>4} {'alpha':>8} {'scale':>8} {'params':>9} {'|dW|_F':>10}"]
+    for name, pair in sorted(pairs.items()):
+        root = pair.r**0.5 if config["use_rslora"] else pair.r
+        alpha, count = pair.scaling * root, pair.lora_A.numel() + pair.lora_B.numel()
+        lines.append(
+            f"{name:<{width}} {pair.r:>4} {alpha:>8g} {pair.scaling:>8.4g} {count:>9,} "
+            f"{pair.norm():>10.4g}"
+        )
+    total = sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs.values())
+    heads = ", ".join(sorted(head)) or "none"
+    lines.append(f"{len(pairs)} modules, {total:,} parameters; head: {heads}")
+    return lines + [f"DISAGREES: {p}" for p in problems], not problems
