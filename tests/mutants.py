@@ -207,7 +207,7 @@ def start(root, mutant, report):
         sys.dont_write_bytecode = True
         os.dup2(report.fileno(), 1)
         os.dup2(report.fileno(), 2)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"])
+        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{tests}"])
     finally:
         sys.stdout.flush()
         os._exit(int(code))
