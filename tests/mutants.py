@@ -124,7 +124,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", f"{HETERO}::test_on_off_on_keeps_weights_and_moments"),
     ("hetero.py", "layer.enabled = name in on", "layer.enabled = name not in on", "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
-    ("state.py", '    torch.set_rng_state(generators["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
+    ("support/checkpoint.py", '        torch.set_rng_state(state["generators"][rank]["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
     ("state.py", "        layer.enabled = state[\"on\"].get(name, True)\n", "", "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
     ("train.py", "        part.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
@@ -230,7 +230,7 @@ def start(root, mutant, report):
         sys.dont_write_bytecode = True
         os.dup2(report.fileno(), 1)
         os.dup2(report.fileno(), 2)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"])
+        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{tests}"])
     finally:
         sys.stdout.flush()
         os._exit(int(code))
