@@ -22,7 +22,7 @@ from torch import nn
 
 import lora
 from allocate import baseline_scores, top, within_budget
-from proxies import factor_gradients
+from proxies import factor_gradients, refuse_unscorable
 from support import distributed
 
 RANK_PROXIES = ("grad_norm", "snip")
@@ -45,6 +45,7 @@ def score_ranks(name, model, batches):
         raise ValueError(
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
+    refuse_unscorable(model, batches)
     scores = {}
     for module, ((A, a), (B, b)) in factor_gradients(model, batches).items():
         if name == "grad_norm":
