@@ -144,6 +144,11 @@ class LoRALayer(nn.Module):
         """The tensors that train, by name; another module may share some of them."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
+    def pair(self):
+        """(A (R, in), B (out, R)) with ΔW = B A: what the module exports as, at scale 1."""
+        A, B = self.branch()
+        return A.detach(), self.scaling * B.detach()
+
     def keep_ranks(self, kept):
         """Shrink to some of the rank-one parts; scaling stays: what is kept computes what it did.
 
@@ -295,14 +300,14 @@ def adapters(model):
     Raises:
         ValueError: not a model.Transformer.
     """
-    parts = ("config", "word_embeddings", "layers", "head")  # of a Transformer, that we read
-    if not all(hasattr(model, part) for part in parts):
+    blocks = getattr(model, "layers", [None])
+    if not all(hasattr(block, place) for block in blocks for place in LINEARS + RESIDUALS + CROSS):
         raise ValueError(
             f"the model is a {type(model).__name__}, expected a model.Transformer, as "
             "load_pretrained gives it"
         )
     found = {}
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(blocks):
         for place in LINEARS + RESIDUALS + CROSS:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)

@@ -28,7 +28,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
-from relatives import single_ranks
+from relatives import METHODS, single_ranks
 from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
 from support import run as runs
 from support.errors import one_line
@@ -75,6 +75,7 @@ def set_up(args):
             shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
             when_off=args.when_off,
+            adapter=METHODS["adapter"][args.adapter],
         )
     lora.mark_trainable(model)
     model.to(device)
@@ -96,9 +97,10 @@ def set_up(args):
 
 
 def make_optimizer(model, args, ranks=None):
-    """AdamW, fused: a few dozen small tensors in one call, where a loop costs 3 % of a step."""
-    parameters = ranks.parameters() if ranks else lora.trainable(model).values()
-    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    """--optimizer over all that trains; of single ranks that go on and off always AdamW."""
+    if ranks:
+        return ranks.adamw(args.lr, args.weight_decay)
+    return METHODS["optimizer"][args.optimizer](model, args.lr, args.weight_decay)
 
 
 def make_plan(model, args):
@@ -202,7 +204,7 @@ def train_step(run, group, lr):
     if run.args.clip:
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
-        settings["lr"] = lr
+        settings["lr"] = lr * settings.get("lr_ratio", 1)
     for part in run.around:
         part.before_step()
     run.optimizer.step()

@@ -181,10 +181,11 @@ class RankSteps:
             for name, layer in self.layers.items()
         }
 
-    def parameters(self):
-        """What the optimizer is built on: the parts, then the head; in a fixed order."""
+    def adamw(self, lr, weight_decay):
+        """AdamW over the parts and the head, in a fixed order."""
         pairs = [pair for parts in self.parts.values() for pair in parts]
-        return [*(p for pair in pairs for p in pair), *self.rest]
+        parameters = [*(p for pair in pairs for p in pair), *self.rest]
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
     def on(self):
         """(layer, k, row, column) of every part that is on."""

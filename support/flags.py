@@ -16,6 +16,7 @@ import types
 import allocate
 import lora
 import proxies
+from relatives import METHODS
 from support import glue, run_folder
 from support.errors import shown
 from support.settings import refuse_conflicts
@@ -98,6 +99,16 @@ FLAGS = {  # name: (type, default, help)
         one_of("none", "reuse"),
         "none",
         "reuse = LayerNorm once more after a cross-layer shortcut, as the released code does",
+    ),
+    "adapter": (
+        one_of(*METHODS["adapter"]),
+        "lora",
+        f"what is put on the targets: {', '.join(METHODS['adapter'])}",
+    ),
+    "optimizer": (
+        one_of(*METHODS["optimizer"]),
+        "adamw",
+        f"what trains them: {', '.join(METHODS['optimizer'])}",
     ),
     "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
     "allocate": (

@@ -1,5 +1,7 @@
-"""A candidate for the oracle that shares nothing with lora.py, proxies.py, allocate.py or
-delta_lora.py: closed forms, dense matrices, brute force, AdamW written out.
+"""A candidate for the oracle that shares no formula with the files that it judges.
+
+Closed forms, dense matrices, brute force, AdamW written out, in place of lora.py, proxies.py,
+allocate.py and delta_lora.py.
 
 A transformer's forward pass is tests/dense.py (matrices, one example at a time); only the weights
 are sorted into a model.Transformer by tools/oracle/ours.py, as a container. The small network's

@@ -125,7 +125,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", f"{HETERO}::test_on_off_on_keeps_weights_and_moments"),
     ("hetero.py", "layer.enabled = name in on", "layer.enabled = name not in on", "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
-    ("state.py", '    torch.set_rng_state(generators["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
+    ("support/checkpoint.py", '        torch.set_rng_state(state["generators"][rank]["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
     ("state.py", "        layer.enabled = state[\"on\"].get(name, True)\n", "", "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
     ("train.py", "        part.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
@@ -224,7 +224,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/form.py", "if value.keys() != form.keys():", "if not form.keys() <= value.keys():", "keys that nobody knows are let in", f"{DOORS}::test_forms"),
     ("support/checkpoint.py", "            and bool(value.isfinite().all())\n", "", "NaN is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/checkpoint.py", "(*value.shape,) == (*shape,) and value.dtype == dtype", "value.dtype == dtype", "other shapes are put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
-    ("support/checkpoint.py", "misfit(state, form_of(state, like)) if like", "misfit(state, FORM) if like", "a checkpoint of another run is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "misfit(state, form_of(state, like, parts)) if like", "misfit(state, FORM) if like", "a checkpoint of another run is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/checkpoint.py", "return len(value) == len(groups) and all(", "return all(", "an optimizer without its group", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/hf_folder.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
     ("support/run_folder.py", "if stored.get(split, data[split]) != data[split]:", "if False:", "a run goes on with other data", f"{DOORS}::test_a_run_keeps_its_data"),
@@ -232,7 +232,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
     ("train.py", "    if model.fresh and not args.resume:", "    if model.fresh:", "a loaded head is called fresh", f"{DOORS}::test_eval_only_says_what_it_evaluates"),
     ("lora.py", "if merged or self.locked:", "if merged != self.locked:", "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
-    ("lora.py", "        self._enabled = bool(on)\n", "", "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
+    ("lora.py", "self._enabled, self.when_off = bool(on),", "self._enabled, self.when_off = True,", "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
     ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
 ]
 # fmt: on
@@ -257,7 +257,7 @@ def start(root, mutant, report):
         sys.dont_write_bytecode = True
         os.dup2(report.fileno(), 1)
         os.dup2(report.fileno(), 2)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"])
+        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{tests}"])
     finally:
         sys.stdout.flush()
         os._exit(int(code))

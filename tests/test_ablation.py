@@ -1,5 +1,6 @@
-"""tools/ablation.py: what is measured, against explicit matrices and a hand-written loop; what is
-made of it, against known answers; and that nothing is lost or measured twice.
+"""tools/ablation.py, against explicit matrices, a hand-written loop and known answers.
+
+Also: that nothing is lost, or measured twice.
 """
 
 import copy

@@ -1,5 +1,4 @@
-"""The smallest and the largest: one example, one layer, empty and endless texts; and what must not
-change the bits of a run."""
+"""The smallest and the largest work, and what must not change the bits of a run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""data.py: GLUE's file formats, batches, metrics, and the promises about the embedded task."""
+"""support/glue.py: file formats, batches, metrics; the promises about the embedded task."""
 
 import itertools
 

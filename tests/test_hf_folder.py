@@ -1,5 +1,4 @@
-"""Reading model folders: the untidy layouts of real checkpoints, and everything that does not
-fit."""
+"""Reading model folders: the untidy layouts of real checkpoints, and what does not fit."""
 
 import json
 import tempfile

@@ -1,5 +1,4 @@
-"""proxies.py against closed forms and finite differences, and the promise that nothing is left
-behind."""
+"""proxies.py against closed forms and finite differences; that nothing is left behind."""
 
 import copy
 import warnings
@@ -71,9 +70,10 @@ def test_grad_norm_and_snip_by_finite_differences(family):
 
 
 def dense_gradients(m, batches):
-    """{name: (W, dL/dW)} of dense matrices that stand in for the bases, by finite differences in
-    one
-    direction at a time being too many: here by autograd through torch.func on an additive probe."""
+    """{name: dL/dW} of the dense matrix in each place, by autograd through a matrix added to it.
+
+    Finite differences would need one loss for each entry of each matrix.
+    """
     layers, probes, hooks = lora.adapters(m), {}, []
     for name, layer in layers.items():
         probe = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)

@@ -197,7 +197,7 @@ def test_steps_equal_adamw_by_hand_on_the_sliced_parameters(when_off):
     m = some_ranks_off(when_off=when_off)
     layers = lora.adapters(m)
     ranks = single_ranks.RankSteps(m)
-    optimizer = torch.optim.AdamW(ranks.parameters(), lr=0.02, weight_decay=0.4)
+    optimizer = ranks.adamw(0.02, 0.4)
     vectors = {  # (module, factor, k) -> vector
         (n, key, k): (a.lora_A[k] if key == "A" else a.lora_B[:, k]).detach().clone()
         for n, a in layers.items()
@@ -238,7 +238,7 @@ def test_delta_lora_moves_by_what_trained(when_off, lazy):
     m = some_ranks_off(when_off=when_off)
     layers, w0 = lora.adapters(m), {n: p.clone() for n, p in m.named_parameters()}
     delta, ranks = DeltaLoRA(m, 0.8, 1, lazy), single_ranks.RankSteps(m)
-    optimizer = torch.optim.AdamW(ranks.parameters(), lr=0.02, weight_decay=0.4)
+    optimizer = ranks.adamw(0.02, 0.4)
     expected = {n: 0.0 for n in delta.adapters}
     for step in range(9):
         for i, layer in enumerate(layers.values()):

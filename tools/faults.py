@@ -17,18 +17,21 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -123,6 +126,8 @@ def run(argv, fault="", phase="", moment=0, folder=""):
             code = 70
             try:
                 sys.stdout, sys.stderr = out, err
+                # tqdm's own lock is shared by all forked processes: killed with it, none goes on
+                tqdm.set_lock(threading.RLock())
                 code = child(argv, fault, phase, moment, str(folder))
             except BaseException:
                 traceback.print_exc()
@@ -153,7 +158,7 @@ def run_under_torchrun(argv, fault="", phase="", moment=0):
 def worker(fault, phase, moment, *argv):
     """In a process that torchrun started: train.py, with the fault where it concerns this one."""
     victim = fault[-1] if fault[-1:].isdigit() else "0"
-    if os.environ["RANK"] != victim:
+    if fault and os.environ["RANK"] != victim:
         fault, phase = "none", "none"
     return child(list(argv), fault, phase, int(moment), "")
 
@@ -293,8 +298,9 @@ def method_under_torchrun(name, folder, argv, rng):
     reference = run_under_torchrun([*argv, "--out", str(folder / "reference")])
     if reference.returncode:
         raise RuntimeError(f"the reference run failed: {reference.stderr.strip()}")
-    counts = next(json.loads(s) for s in reference.stdout.splitlines() if s.startswith("{"))
-    phases = [phase for phase in counts if phase not in ("between", "result")]
+    found = [json.loads(text) for text in re.findall(r"\{[^{}]*\}", reference.stdout)]
+    phases = [phase for phase in found[0] if phase in found[1] and phase != "between"]
+    counts = {phase: min(c[phase] for c in found) for phase in phases}  # both get that far
     expected, bad = outcome(folder / "reference"), 0
     for i, fault in enumerate(TORCHRUN_FAULTS):
         phase = phases[i % len(phases)]

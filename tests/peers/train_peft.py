@@ -2,8 +2,8 @@
 
     python tests/peers/train_peft.py --task mrpc --data-dir DIR --seed 0
 
-Same pretrained weights, examples, batches, order, optimizer and settings as
-`python train.py --lora-alpha 16 --lr 1e-3` with the same flags; the model, LoRA, their initial
+Same pretrained weights, examples, batches, order, optimizer and settings as `python train.py
+--preset lora --schedule constant --warmup 0` with the same flags; the model, LoRA, their initial
 values and the loss are transformers' and PEFT's own.
 """
 

@@ -1,0 +1,706 @@
+"""What the texts say is so: README.md, docs/, and the docstring at the head of every file.
+
+    a file, a function, a test, a flag that is named     exists
+    a formula of docs/equations.md                       stands in the function that is named
+    a command in a code block, or in a head              parses, without being run
+    a link, a picture                                    leads somewhere
+    a number that can be counted, a version              is what it is
+    the size guides                                      hold
+
+Names are looked up in the syntax trees of the files; only the command lines are parsed by the
+programs' own parsers. Nothing is trained, loaded or fetched.
+
+What this file does not do: look at web addresses, judge prose, run the examples of the pages
+(test_extending.py does).
+"""
+
+import argparse
+import ast
+import builtins
+import functools
+import importlib
+import io
+import itertools
+import re
+import shlex
+import sys
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import flags, run_folder
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
+CODE = sorted([*ROOT.glob("*.py"), *(p for part in PARTS for p in (ROOT / part).rglob("*.py"))])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = {"model.py": 330}  # lines of code; of every other file in the root:
+GUIDE, TOGETHER, RELATIVE, FUNCTION = 250, 1400, 60, 50
+README_LINES, COLUMNS = 150, 100
+PAGES_PROMISED = (
+    *("equations", "deviations", "delta-lora", "results", "performance", "reliability", "oracle"),
+    *("peft", "cuda", "extending", "exercises"),
+)
+
+# What is named and is not ours.
+FOREIGN_FILES = {
+    "mine.py",
+    "dyrealloc_callback.py",
+    "realloc_lora_rank.py",
+    "snip.py",
+    "synflow.py",
+}
+FOREIGN_FLAGS = {
+    "--nproc-per-node", "--nnodes", "--max-restarts", "--standalone", "--rdzv-endpoint",  # torchrun
+    "--python", "--with-requirements", "--with", "--no-project",  # uv
+    "--quiet", "--help", "--version", "--upgrade",  # everywhere
+}  # fmt: skip
+SUFFIXES = r"py|md|toml|png|txt|tsv|jsonl"
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def none(wrong):
+    """Fails with all that is wrong, a line each."""
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def head(path):
+    """The docstring at the head of a file, or ""."""
+    return ast.get_docstring(tree(path), clean=False) or ""
+
+
+@functools.cache
+def names(path):
+    """All that a file defines: functions, classes, constants, fields and attributes of self."""
+    found = set()
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + child.name)
+                visit(child, f"{prefix}{child.name}.")
+                continue
+            if isinstance(child, ast.Assign | ast.AnnAssign):
+                targets = getattr(child, "targets", None) or [child.target]
+                for target in (t for one in targets for t in ast.walk(one)):
+                    if isinstance(target, ast.Attribute) or not prefix or prefix[0].isupper():
+                        found.add(prefix + getattr(target, "attr", getattr(target, "id", "")))
+            visit(child, prefix)
+
+    visit(tree(path), "")
+    return found
+
+
+def defines(path, name):
+    """Whether a file defines "f", "Class.method", or a method or attribute by its last word."""
+    return any(n == name or n.endswith("." + name) for n in names(path))
+
+
+@functools.cache
+def files_called(name):
+    """All files of ours with this name, or with this end of a path."""
+    if name.startswith("/") or ".." in name:
+        return []
+    found = [p for p in CODE if f"/{relative(p)}".endswith("/" + name)]
+    return found or [ROOT / name] * (ROOT / name).is_file()
+
+
+@functools.cache
+def with_docstrings(path):
+    """The module, classes and functions of a file, as nodes."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [node for node in ast.walk(tree(path)) if isinstance(node, kinds)]
+
+
+def docstring_lines(path):
+    """(number of its first line, text) of every docstring in a file."""
+    for node in with_docstrings(path):
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", 0), str):
+            yield first.lineno, first.value.value
+
+
+@functools.cache
+def lines_of_code(path):
+    """The numbers of the lines that hold code: no docstring, no comment, not blank."""
+    lines, docstrings = set(), set()
+    for first, text in docstring_lines(path):
+        docstrings |= set(range(first, first + text.count("\n") + 1))
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type not in (*silent, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return lines - docstrings
+
+
+@functools.cache
+def page(path):
+    """(prose, blocks) of a Markdown page: its text without code blocks, [(language, lines)]."""
+    prose, blocks, fence, before, indented = [], [], False, "", False
+    for line in path.read_text().splitlines():
+        starts = line.startswith("    ") and not before.strip()  # else: an item of a list goes on
+        indented = not fence and line.startswith("    ") and (indented or starts)
+        if line.lstrip().startswith("```"):
+            fence = not fence
+            if fence:
+                blocks.append((line.strip("` "), []))
+        elif fence or indented:
+            if indented and starts:
+                blocks.append(("", []))
+            blocks[-1][1].append(line[4:] if indented else line)
+        else:
+            prose.append(line)
+        before = line
+    return "\n".join(prose), blocks
+
+
+def spans(path):
+    """The `code` in a page's prose, a bar in a table's cell unescaped."""
+    return [s.replace("\\|", "|") for s in re.findall(r"`([^`\n]+)`", page(path)[0])]
+
+
+def texts():
+    """(where, text) of all that is checked for names: pages as a whole, heads of files."""
+    for path in PAGES:
+        yield relative(path), path.read_text()
+    for path in CODE:
+        yield relative(path), head(path)
+
+
+# -------------------------------------------------------------------------- files, functions, tests
+
+
+def placeholder(name):
+    """NAME, RUN/x.png, test_*.py, …: no file's name."""
+    return re.search(r"\b[A-Z]{2,}\b(?!\.md)|[*<>{}…]|\b[A-Z]\b", name) is not None
+
+
+def missing_files(text, here):
+    """The files that a text names and that are not there."""
+    for name in re.findall(rf"(?<![\w/.*<{{-])[\w./-]+\.(?:{SUFFIXES})\b(?!\()", text):
+        local = "/" not in name and name.rpartition(".")[2] not in ("py", "md", "toml")
+        if placeholder(name) or name in FOREIGN_FILES or Path(name).name in FOREIGN_FILES or local:
+            continue  # a bare train.tsv, metrics.jsonl, adapter.png is a run's or a user's
+        outside = name.startswith(("runs/", "/", "~", ".venv/", "http"))
+        found = [p for p in PAGES if p.name == name] or files_called(name)
+        if not (outside or found or (ROOT / here / name).exists() or (ROOT / name).exists()):
+            yield name
+
+
+def test_every_file_that_is_named_exists():
+    wrong = []
+    for where, text in texts():
+        text = re.sub(r"https?://\S+", "", text)
+        wrong += [f"{where}: {name}" for name in missing_files(text, Path(where).parent)]
+    none(wrong)
+
+
+def test_every_function_that_follows_a_file_exists():
+    """In the form `lora.py` `inject`, `merge`: each is defined in that file."""
+    wrong = []
+    for path in PAGES:
+        pattern = r"`([\w/.-]+\.py)`((?:(?:,|,? and|:)?\s+`[A-Za-z_][\w.]*(?:\(\))?`)+)"
+        for file, rest in re.findall(pattern, page(path)[0]):
+            for name in re.findall(r"`([\w.]+)", rest):
+                found = files_called(file)
+                known = name.endswith(".py") or any(defines(p, name) for p in found)
+                if not known and file not in FOREIGN_FILES:
+                    wrong.append(f"{relative(path)}: {file} has no {name}")
+    none(wrong)
+
+
+def modules():
+    """{"lora": path, …} of the root, support/ and relatives/: what a text calls by module.name."""
+    folders = (ROOT, ROOT / "support", ROOT / "relatives")
+    return {p.stem: p for p in CODE if p.parent in folders and p.stem != "__init__"}
+
+
+def test_every_name_in_a_module_exists():
+    """lora.inject in a page's code, in a head: defined in lora.py (model.eval is torch's)."""
+    wrong, known = [], modules()
+    for path in [*PAGES, *CODE]:
+        blocks = [line for _, lines in page(path)[1] for line in lines] if path in PAGES else []
+        sources = [*spans(path), *blocks] if path in PAGES else [head(path)]
+        for text in sources:
+            for module, name in re.findall(
+                r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]\w*)\b(?!\.pt)", text
+            ):
+                if module not in known or re.fullmatch(rf"{SUFFIXES}|json|pt|safetensors", name):
+                    continue
+                if not (defines(known[module], name) or hasattr(torch.nn.Module, name)):
+                    wrong.append(f"{relative(path)}: {module}.{name}")
+    none(wrong)
+
+
+def test_every_call_in_prose_exists():
+    """`back_to_pretrained()` in a page: some file of ours defines it, or torch, or Python."""
+    wrong = []
+    for path in PAGES:
+        for span in spans(path):
+            for name in re.findall(r"^(?:\w+\.)*([a-z_]\w*)\(", span):
+                torchs = any(
+                    hasattr(t, name) for t in (builtins, torch, torch.nn.Module, torch.Tensor)
+                )
+                if not torchs and not any(defines(p, name) for p in CODE):
+                    wrong.append(f"{relative(path)}: {span}")
+    none(wrong)
+
+
+def test_every_test_that_is_named_exists():
+    wrong = []
+    for where, text in texts():
+        for file, name in re.findall(r"(\w+\.py)::(\w+)", text):
+            if not any(defines(p, name) for p in files_called(file)):
+                wrong.append(f"{where}: {file}::{name}")
+        for name in re.findall(r"(?<![:\w/])(test_\w+)\b(?!\.py|\w)", text):
+            if not any(defines(p, name) or p.stem == name for p in CODE):
+                wrong.append(f"{where}: {name}")
+    none(wrong)
+
+
+# ------------------------------------------------------------------------------------ command lines
+
+
+class Captured(Exception):
+    """Raised in place of parsing: carries a program's parser."""
+
+
+@functools.cache
+def parser_of(module):
+    """The argparse parser of a program in tools/, or of train.py, without running anything."""
+
+    def stop(parser, *_):
+        raise Captured(parser)
+
+    original, argv = argparse.ArgumentParser.parse_args, ["nothing"]
+    argparse.ArgumentParser.parse_args = stop
+    try:
+        main = flags.parse_flags if module == "train" else importlib.import_module(module).main
+        main(argv)
+    except Captured as captured:
+        return captured.args[0]
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    raise AssertionError(f"{module} parses its command line without argparse")
+
+
+def options(parser):
+    """All flags of a parser and of its commands."""
+    found = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        for command in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            found |= options(command)
+    return found
+
+
+def programs():
+    """Module names of the programs in tools/: what has a main(argv)."""
+    found = []
+    for path in CODE:
+        for node in tree(path).body if path.is_relative_to(ROOT / "tools") else ():
+            if getattr(node, "name", "") == "main" and [a.arg for a in node.args.args] == ["argv"]:
+                found.append(relative(path).removesuffix(".py").replace("/", "."))
+    return found
+
+
+def of_tests():
+    """Flags of the programs in tests/, which may need the peers: read off their text."""
+    return {
+        flag
+        for path in CODE
+        if path.is_relative_to(ROOT / "tests") and "main" in names(path)
+        for flag in re.findall(r"[\"'](--[a-z-]+)[\"']", path.read_text())
+    }
+
+
+def test_every_flag_that_is_named_exists():
+    known = FOREIGN_FLAGS | of_tests() | options(parser_of("train"))
+    known = known.union(*(options(parser_of(program)) for program in programs()))
+    wrong = []
+    for where, text in texts():
+        for flag in re.findall(r"(?<![\w|-])--[a-z][\w-]*", re.sub(r"\]\([^)]*\)", "", text)):
+            if flag not in known:
+                wrong.append(f"{where}: {flag}")
+    none(wrong)
+
+
+def commands(lines):
+    """The commands in the lines of a code block, as lists of words."""
+    text = "\n".join(lines).replace("\\\n", " ")
+    for line in text.splitlines():
+        line = re.sub(r"\s+(->|2?>|\||<).*$", "", line.strip().removeprefix("$ "))
+        try:
+            words = shlex.split(re.sub(r"[\[\]…]|\.\.\.", " ", line), comments=True)
+        except ValueError:
+            continue  # an apostrophe in a program's output
+        part = []
+        for word in [*words, "&&"]:
+            if word in ("&&", ";"):
+                while part and re.fullmatch(r"[A-Z_]+=\S*", part[0]):
+                    part = part[1:]
+                if part:
+                    yield part
+                part = []
+            else:
+                part.append(word)
+
+
+def in_heads():
+    """(where, words) of the commands at the head of a file: after a colon, or indented."""
+    for path in CODE:
+        for line in head(path).splitlines():
+            found = re.search(r"(?:^ {4}|: )((?:python|pytest|torchrun) .*)$", line)
+            if found:
+                yield relative(path), next(commands([re.split(r" {2,}| \(|, ", found[1])[0]]))
+
+
+def in_pages():
+    """(where, words) of the commands in the code blocks of the pages, and in .ci/run."""
+    for words in commands((ROOT / ".ci" / "run").read_text().splitlines()):
+        yield ".ci/run", words
+    for path in PAGES:
+        for language, lines in page(path)[1]:
+            if language in ("", "sh", "bash", "console", "shell"):
+                for words in commands(lines):
+                    yield relative(path), words
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder that --resume can read."""
+    folder = tmp_path_factory.mktemp("run")
+    content = {"flags": flags.stored(flags.parse_flags([])), "versions": {}}
+    run_folder.write_json(folder / "config.json", content)
+    return str(folder)
+
+
+def refusal(words, run):
+    """Why a command cannot be run as it stands; None: nothing is wrong, or it is not ours."""
+    program, *rest = words
+    program = Path(program).name
+    for option, file in itertools.pairwise(rest):
+        if option in ("-r", "--with-requirements") and not (ROOT / file).is_file():
+            return f"no {file}"
+    if program in ("uv", "torchrun"):
+        starts = [i for i, w in enumerate(rest) if w in ("python", "pytest", "train.py")]
+        if not starts:
+            return None if program == "uv" else "no program"
+        return refusal(["python"] * (rest[starts[0]] == "train.py") + rest[starts[0] :], run)
+    if program == "pytest":
+        files = [w.split("::")[0] for w in rest if "/" in w or w.endswith(".py")]
+        return next((f"no {f}" for f in files if not (ROOT / f).exists()), None)
+    if program not in ("python", "python3") or not rest:
+        return None
+    if rest[0] == "-c":
+        return ast.parse(rest[1]) and None
+    if rest[0] == "-m":
+        module, rest = rest[1], rest[2:]
+        if module == "pytest":
+            return refusal(["pytest", *rest], run)
+        if module.split(".")[0] in sys.stdlib_module_names or module == "pip":
+            return None
+    else:
+        if not (ROOT / rest[0]).is_file():
+            return f"no {rest[0]}"
+        module, rest = rest[0].removesuffix(".py").replace("/", "."), rest[1:]
+        source = (ROOT / words[1]).read_text()
+        ours = re.search(r"^(from|import) (support|tools|train|allocate|lora)\b", source, re.M)
+        if "/" in words[1] and ours and "sys.path" not in source:
+            return f"{words[1]} finds its imports only as python -m {module}"
+    return parsed(module, [{"RUN": run, "S": "0", "N": "1"}.get(w, w) for w in rest])
+
+
+def parsed(module, argv):
+    """Why a program refuses these arguments, or None; module as in python -m."""
+    if module.startswith("tests."):
+        unknown = {w.split("=")[0] for w in argv if w.startswith("--")} - of_tests()
+        return f"unknown {sorted(unknown)}" if unknown else None
+    if (ROOT / module.replace(".", "/")).is_dir():
+        module += ".__main__"
+    if not (ROOT / f"{module.replace('.', '/')}.py").is_file():
+        return f"no module {module}"
+    try:
+        flags.parse_flags(argv) if module == "train" else parser_of(module).parse_args(argv)
+    except (ValueError, OSError, SystemExit) as error:
+        return "" if getattr(error, "code", 1) == 0 else f"refused: {error}"
+
+
+def test_every_command_parses(run, capsys):
+    wrong = [
+        f"{where}: {shlex.join(words)}: {reason}"
+        for where, words in (*in_pages(), *in_heads())
+        if (reason := refusal(words, run))
+    ]
+    capsys.readouterr()
+    none(wrong)
+
+
+def test_commands_are_found_and_refused_where_they_are_wrong(run, capsys):
+    """The checks above can fail: a wrong flag, value, file, module, missing command."""
+    found = commands(["A=1 python train.py --r 8 \\", "  --lr 1 && pytest -q  # fast", "epoch 1:"])
+    assert list(found) == [
+        ["python", "train.py", "--r", "8", "--lr", "1"],
+        ["pytest", "-q"],
+        ["epoch", "1:"],
+    ]
+    for command in (
+        "python train.py --rr 8", "python train.py --lr x", "python trainer.py",
+        "pytest tests/no.py", "python -m tools.nothing", "python tools/faults.py --kills x",
+        "python -m tools.peft export", "pip install -r nothing.txt", "python -m tools.bench bake",
+        "torchrun --nproc-per-node 2 train.py --preset no",
+        "uv run --with-requirements no.txt train.py",
+    ):  # fmt: skip
+        assert refusal(command.split(), run), command
+    for command in (
+        "python train.py --resume RUN --eval-only",
+        "torchrun train.py --r 2",
+        "uv sync",
+    ):
+        assert refusal(command.split(), run) is None, command
+    capsys.readouterr()
+
+
+def test_python_in_the_pages_is_python():
+    for path in PAGES:
+        for language, lines in page(path)[1]:
+            if language == "python":
+                compile("\n".join(lines), relative(path), "exec")
+
+
+# ------------------------------------------------------------------------------- links and pictures
+
+
+def anchors(path):
+    """What GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page(path)[0], re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", t.replace("`", "")).strip().lower().replace(" ", "-")
+        for t in titles
+    }
+
+
+def test_links_and_pictures_lead_somewhere():
+    wrong = []
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page(path)[0]):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            place = (path.parent / file).resolve() if file else path
+            if not place.exists():
+                wrong.append(f"{relative(path)}: {target}")
+            elif anchor and place.suffix == ".md" and anchor not in anchors(place):
+                wrong.append(f"{relative(path)}: no heading {target}")
+    none(wrong)
+
+
+def test_every_page_and_picture_can_be_reached_from_the_readme():
+    linked, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        path = waiting.pop()
+        for target in re.findall(r"\]\(([^)#\s]+)", page(path)[0]):
+            place = (path.parent / target).resolve()
+            if place not in linked and place.is_relative_to(ROOT) and place.exists():
+                linked.add(place)
+                waiting += [place] if place.suffix == ".md" else []
+    there = {*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.png")}
+    assert sorted(map(relative, there - linked)) == []
+    promised = {ROOT / "docs" / f"{name}.md" for name in PAGES_PROMISED}
+    assert sorted(map(relative, promised - linked)) == []
+
+
+# -------------------------------------------------------------------------------- numbers, versions
+
+
+def test_the_readme_is_short_and_no_page_is_wide():
+    """No line over 100 columns, but for the rows of tables and for what cannot be broken."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+    wrong = []
+    for path in PAGES:
+        for i, line in enumerate(path.read_text().splitlines(), 1):
+            if len(line) > COLUMNS and not line.startswith("|") and " " in line.strip():
+                wrong.append(f"{relative(path)}:{i} has {len(line)} columns")
+    none(wrong)
+
+
+def counted():
+    """{words after a number: what that number is}."""
+    mutants = next(
+        node.value
+        for node in tree(ROOT / "tests" / "mutants.py").body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MUTANTS"
+    )
+    proxies = next(
+        node.value
+        for node in tree(ROOT / "proxies.py").body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROXIES"
+    )
+    return {
+        "wrong variants": len(mutants.elts),
+        "golden cases": len(list((ROOT / "tests" / "golden").glob("*.json"))),
+        "proxies": len(proxies.keys),
+        "tasks of GLUE": 9,
+    }
+
+
+def test_numbers_that_can_be_counted():
+    wrong = []
+    for where, text in texts():
+        for words, number in counted().items():
+            for said in re.findall(rf"\b(\d[\d,]*) {words}\b", " ".join(text.split())):
+                if int(said.replace(",", "")) != number:
+                    wrong.append(f"{where}: {said} {words}, there are {number}")
+    none(wrong)
+
+
+def test_versions_are_those_of_the_requirements():
+    pins = {}
+    for file in (ROOT / "requirements.txt", ROOT / "tests" / "peers" / "requirements.txt"):
+        for line in file.read_text().split():
+            package, _, version = line.partition("==")
+            pins[package.lower()] = version
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["target-version"]
+    pins["python"] = f"{python[2]}.{python[3:]}"
+    wrong = []
+    for where, text in texts():
+        pattern = rf"\b({'|'.join(pins)})(?:==| )(\d+\.\d+(?:\.\d+)*)"
+        for package, version in re.findall(pattern, text, re.I):
+            pin = pins[package.lower()]
+            if pin != version and not pin.startswith(version + "."):
+                wrong.append(f"{where}: {package} {version}, required is {pin}")
+    none(wrong)
+
+
+# ----------------------------------------------------------------------------------- size and shape
+
+
+def test_size_guides():
+    root = {p.name: len(lines_of_code(p)) for p in ROOT.glob("*.py")}
+    assert sorted(root) == sorted(
+        ["model.py", "lora.py", "proxies.py", "allocate.py", "delta_lora.py", "train.py"]
+    )
+    too_long = {n: size for n, size in root.items() if size > GUIDES.get(n, GUIDE)}
+    relatives = {p.name: len(lines_of_code(p)) for p in (ROOT / "relatives").glob("*.py")}
+    too_long |= {n: size for n, size in relatives.items() if size > RELATIVE}
+    none([f"{name} has {size} lines of code" for name, size in too_long.items()])
+    assert sum(root.values()) <= TOGETHER
+
+
+def test_no_function_is_longer_than_a_screen():
+    wrong = []
+    for path in CODE:
+        for node in with_docstrings(path):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION:
+                size = len(lines_of_code(path) & set(range(node.lineno, node.end_lineno + 1)))
+                if size > FUNCTION:
+                    wrong.append(f"{relative(path)}: {node.name} has {size} lines of code")
+    none(wrong)
+
+
+def broken(text):
+    """The lines of a docstring after which something was broken off, counted from 0.
+
+    A line of prose that ends early though the next word, in lower case, would have fitted; or a
+    row of an aligned table that goes on below its table.
+    """
+    lines = text.splitlines()
+    for i, (line, after) in enumerate(itertools.pairwise(lines)):
+        here, there = line.strip(), after.strip()
+        if not here or not there:
+            continue
+        table = i and "|" in line and lines[i - 1].find("|") == line.find("|")
+        if table and "|" not in there and after.find(there) < line.rfind("|"):
+            yield i
+        prose = not any(re.search(r" {2,}|\||->|=|[∑Σ]", part) for part in (here, there))
+        fits = len(line) + 1 + len(there.split()[0]) <= 70
+        same = i == 0 or len(line) - len(line.lstrip()) == len(after) - len(after.lstrip())
+        if (
+            prose
+            and fits
+            and same
+            and re.match(r"[a-z(]", there)
+            and not re.search(r"[.:;,]$", here)
+        ):
+            yield i
+
+
+def test_no_docstring_is_broken_in_mid_phrase():
+    wrong = []
+    for path in CODE:
+        for number, text in docstring_lines(path):
+            wrong += [f"{relative(path)}:{number + i}" for i in broken(text)]
+    none(wrong)
+
+
+def test_a_broken_docstring_is_seen():
+    table = (
+        "Summary.\n\n    name  | shape\n    x     | (b, t, d)  the stream, d =\n    hidden_size\n"
+    )
+    assert list(broken(table)) == [3]
+    prose = "Summary.\n\nSome words that were cut off here\nlike this by a tool.\n"
+    assert list(broken(prose)) == [2]
+    assert not list(broken("Summary.\n\n" + "whole " * 14 + "sentence that\ngoes on below.\n"))
+
+
+def test_every_file_has_a_head():
+    """A summary on the first line; only an empty __init__.py has none."""
+    wrong = []
+    for path in CODE:
+        first, *rest = head(path).splitlines() or [""]
+        whole = first.rstrip().endswith((".", ")")) or re.search(r": \S|[.?]", first)
+        if path.read_text().strip() and not (whole and (not rest or not rest[0].strip())):
+            wrong.append(f"{relative(path)}: {first}")
+    none(wrong)
+
+
+# ---------------------------------------------------------------------------- equations, deviations
+
+
+def rows(path):
+    """Cells of the rows of a page's tables, bars unescaped, without heads and rules."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if not set(line) <= set("|-: ") and not (after and set(after) <= set("|-: ")):
+            cells = re.split(r"(?<!\\)\|", line.strip("|"))
+            yield [cell.strip().replace("\\|", "|") for cell in cells]
+
+
+def test_every_formula_stands_in_the_function_that_is_named():
+    """Rows of docs/equations.md: what it is, `file.py` `function`, `comment`, test."""
+    found = list(rows(ROOT / "docs" / "equations.md"))
+    assert len(found) > 25
+    for _, where, comment, test in found:
+        file, function = re.fullmatch(r"`([\w/]+\.py)` `([\w.]+)`", where).groups()
+        (path,) = files_called(file)
+        node = tree(path)
+        for name in function.split("."):
+            node = next(n for n in node.body if getattr(n, "name", None) == name)
+        text = path.read_text().splitlines()
+        at = [i for i, line in enumerate(text, 1) if comment.strip("`") in line]
+        assert len(at) == 1, f"{comment} stands {len(at)} times in {file}"
+        assert node.lineno <= at[0] <= node.end_lineno, f"{comment} is not in {function}"
+        assert re.fullmatch(r"`test_\w+\.py::\w+`(, `test_\w+\.py::\w+`)*", test), test
+
+
+def test_deviations_are_numbered_and_say_where_and_what_notices():
+    text = (ROOT / "docs" / "deviations.md").read_text()
+    items = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^## |\Z)", text, re.M | re.S)
+    assert [int(number) for number, _ in items] == list(range(1, len(items) + 1))
+    for number, item in items:
+        assert re.search(r"`[\w/]+\.py`\s+`[\w.]+`", item), f"{number} names no line"
+        assert re.search(r"`\w+\.py::\w+`", item), f"{number} names no test"
