@@ -46,6 +46,11 @@ def score_ranks(name, model, batches):
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
     refuse_unscorable(model, batches)
+    return part_scores(name, model, batches)
+
+
+def part_scores(name, model, batches):
+    """score_ranks without its door, for any model that factor_gradients takes."""
     scores = {}
     for module, ((A, a), (B, b)) in factor_gradients(model, batches).items():
         if name == "grad_norm":
