@@ -187,11 +187,14 @@ class RankSteps:
             for name, layer in self.layers.items()
         }
 
-    def adamw(self, lr, weight_decay):
-        """AdamW over the parts and the head, in a fixed order."""
+    def parameters(self):
+        """What an optimizer is built on: the parts, then the head; in a fixed order."""
         pairs = [pair for parts in self.parts.values() for pair in parts]
-        parameters = [*(p for pair in pairs for p in pair), *self.rest]
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return [*(p for pair in pairs for p in pair), *self.rest]
+
+    def adamw(self, lr, weight_decay):
+        """AdamW over parameters()."""
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def on(self):
         """(layer, k, row, column) of every part that is on."""
