@@ -323,9 +323,8 @@ def resume(run, data):
     other = run_folder.other_data(folder, data)
     if other and not args.eval_only:
         raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
-    like = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
-    parts = [p.detach() for p in run.ranks.parameters()] if run.ranks else None
-    stored, note = checkpoint.read_last(folder, like, parts)
+    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta)
+    stored, note = checkpoint.read_last(folder, like)
     run.notes += filter(None, (other, note))
     if not stored:
         if args.eval_only:
