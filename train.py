@@ -407,7 +407,8 @@ def carry_out(run):
             if run.plan:
                 spent = runs.counts(run.model)[0]
                 control = flags.equal_budget_control(run.args, spent, run.plan.costs)
-            print(runs.finish(run, flags.describe(run.args), control))
+            beside = glue.baselines(run.args.task, run.args.data_dir)
+            print(runs.finish(run, flags.describe(run.args), control, beside))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():
