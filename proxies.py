@@ -295,6 +295,9 @@ def fisher(model, batches):
     """
     count = sum(len(batch["labels"]) for batch in batches)
     with scoring(model) as layers:
+        for name, layer in layers.items():
+            if "lora_A" not in layer.factors():
+                raise ValueError(f"fisher needs a lora_A that trains: {name} has none")
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
         for batch in distributed.share(batches):
