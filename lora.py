@@ -56,8 +56,6 @@ class LoRALayer(nn.Module):
         ValueError: r or lora_dropout out of range.
     """
 
-    stored_as = "lora"  # in adapter files: "lora", "pair" (as pair() gives it), or a name of its own
-
     def __init__(
         self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
     ):
@@ -109,13 +107,9 @@ class LoRALayer(nn.Module):
         """Whether the branch takes part in the forward pass: on, or off and frozen."""
         return self.enabled or self.when_off == "frozen"
 
-    def matrices(self):
-        """(A (r, in), B (out, r)) of all ranks: what a relative makes of the tensors it trains."""
-        return self.lora_A, self.lora_B
-
     def branch(self):
         """(A, B) as the forward pass takes them; what is off, and stays in, gets no gradient."""
-        A, B = self.matrices()
+        A, B = self.lora_A, self.lora_B
         if not self.enabled:
             return A.detach(), B.detach()
         if not self.ranks_off:
@@ -343,15 +337,14 @@ def count_trainable(model, stored=False):
 
     Args:
         model: model.Transformer.
-        stored: bool; with True what is off but has learned (B_k A_k other than zero) counts as
-            well: what a run keeps, beside what it trains at once.
+        stored: bool; with True what is off but has learned (B_k other than zero) counts as well:
+            what a run keeps, beside what it trains at once.
     """
     counts, seen = {}, set()
     for name, layer in adapters(model).items():
         ranks = set(range(layer.r)) - set(layer.ranks_off) if layer.enabled else set()
         if stored:
-            A, B = layer.matrices()
-            ranks |= {k for k in range(layer.r) if A[k].any() and B[:, k].any()}
+            ranks |= {k for k in range(layer.r) if layer.lora_B[:, k].any()}
         if ranks:
             own = [f for f in layer.factors().values() if id(f) not in seen and f.requires_grad]
             counts[name] = sum(f.numel() for f in own) * len(ranks) // layer.r
@@ -418,7 +411,6 @@ def save_adapter(model, path, pairs=None):
     """Write all that was trained to one file (support/adapter_file.py), whole or not at all.
 
     Enabled in the file is what is in the forward pass, on or frozen; of single ranks, those in it.
-    A relative is stored as an ordinary pair of scale 1, where its change of the weight is one.
 
     Args:
         model: model.Transformer with adapters.
@@ -433,62 +425,48 @@ def save_adapter(model, path, pairs=None):
             A, B = layer.branch()
             tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
             about[name]["r"] = len(A)
-        if layer.stored_as == "pair":
-            A, B = layer.pair()
-            tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{name}.lora_")}
-            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            about[name] |= {"r": len(A), "scaling": 1.0}
-        elif layer.stored_as != "lora":
-            about[name]["adapter"] = layer.stored_as
     for name, (lora_A, lora_B) in (pairs or {}).items():
         tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
         about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
     adapter_file.write(path, tensors, about, model.config.shortcut_norm)
 
 
-def load_adapter(model, path, adapter=LoRALayer):
+def load_adapter(model, path):
     """Put a saved adapter into a freshly loaded model: modules, switches and head.
 
     Args:
         model: model.Transformer without adapters, as load_pretrained gives it, with as many labels
             as the run had.
         path: what save_adapter wrote, or a run folder.
-        adapter: the class of modules that the file has no pair of: relatives.dora.DoRA.
 
     Returns:
         adapters(model). All is frozen; call mark_trainable(model) to train on.
 
     Raises:
-        ValueError: a model that has adapters; a file that is no adapter, or of another model, or
-            that needs another class.
+        ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
     if adapters(model):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    layers = {}
+    bases = {}
     for name, a in about.items():
-        kind = {"lora": LoRALayer, adapter.stored_as: adapter}.get(a.get("adapter", "lora"))
-        if kind is None:
-            raise ValueError(f"{path} holds {a['adapter']}: give its class, load_adapter(adapter=…)")
         try:
-            base, n_in, n_out = base_of(model, name)
+            bases[name] = base_of(model, name)
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
-        # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
-        layer = kind(base, n_in, n_out, 1, a["scaling"], generator=torch.Generator())
-        layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
-        shapes = {key: factor.shape for key, factor in layer.factors().items()}
-        shapes |= {"lora_A": (a["r"], n_in), "lora_B": (n_out, a["r"])}
-        expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
-        layers[name] = layer
+        _, n_in, n_out = bases[name]
+        expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
     adapter_file.refuse_misfit(path, tensors, expected)
-    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
-        if layer.r == 0:  # Delta-LoRA, a module that never was on
+    for name, a in about.items():  # only now: a refused file leaves the model as it was
+        if a["r"] == 0:  # Delta-LoRA, a module that never was on
             continue
-        for key in layer.factors():  # lora_A (r, in), lora_B (out, r)
-            setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))
+        # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
+        layer = LoRALayer(*bases[name], 1, a["scaling"], generator=torch.Generator())
+        layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
+        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
+        layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
         put(model, name, layer)
     head = {name: p for name, p in trainable(model).items() if "lora_" not in name}
     with torch.no_grad():

@@ -4,10 +4,7 @@
     metadata    "adapters": {module: {"r", "scaling", "enabled"}}; "shortcut_norm", where it is not
                 "none"
 
-A module of DoRA has "adapter": "dora" beside these, and a tensor lora_magnitude (out,): its weight
-is lora_magnitude o (W_0 + scaling * B A), each row divided by its norm.
-
-The weight of any other module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
+The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
 Enabled is what is in the forward pass: on, or off and frozen.
 
 What this file does not do: other formats (tools/peft).
@@ -34,7 +31,7 @@ def write(path, tensors, about, shortcut_norm):
     Args:
         path: the file, or its folder.
         tensors: dict our name -> tensor.
-        about: dict module -> {"r", "scaling", "enabled"}, and "adapter" where it is no pair.
+        about: dict module -> {"r", "scaling", "enabled"}.
         shortcut_norm: of the model's config.
     """
     content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -65,10 +62,8 @@ def read(path, shortcut_norm):
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        kinds = {"r": int, "scaling": float, "enabled": bool}
         about = {
-            name: {key: kind(a[key]) for key, kind in kinds.items()}
-            | {key: str(a[key]) for key in ("adapter",) if key in a}
+            name: {"r": int(a["r"]), "scaling": float(a["scaling"]), "enabled": bool(a["enabled"])}
             for name, a in json.loads(metadata["adapters"]).items()
         }
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
