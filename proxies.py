@@ -274,7 +274,8 @@ def grasp(model, batches):
             loss = model(**batch).loss * (loss_terms(model, batch) / total)
             first = torch.autograd.grad(loss, factors, create_graph=True)
             # H g = d (g . dL/dtheta) / dtheta, with g held constant
-            inner = sum((a * b).sum() for a, b in zip(first, g, strict=True))
+            once = {id(p): (a * b).sum() for p, a, b in zip(factors, first, g, strict=True)}
+            inner = sum(once.values())  # what modules share is in it once
             second = torch.autograd.grad(inner, factors)
             hg = [a + b for a, b in zip(hg, second, strict=True)]
         hg = distributed.sum_tensors(hg)

@@ -1,8 +1,8 @@
 """adapter.safetensors: what a run trained, in one file.
 
     tensors     lora_A (r, in) and lora_B (out, r) of every module, and the head, under our names
-    metadata    "adapters": {module: {"r", "scaling", "enabled"}}; "shortcut_norm", where it is not
-                "none"
+    metadata    "adapters": {module: {"r", "scaling", "enabled"}}, with "kind" where it is no LoRA
+                pair but stored as it is; "shortcut_norm", where it is not "none"
 
 The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
 Enabled is what is in the forward pass: on, or off and frozen.
@@ -64,6 +64,7 @@ def read(path, shortcut_norm):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = {
             name: {"r": int(a["r"]), "scaling": float(a["scaling"]), "enabled": bool(a["enabled"])}
+            | ({"kind": str(a["kind"])} if "kind" in a else {})
             for name, a in json.loads(metadata["adapters"]).items()
         }
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
