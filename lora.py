@@ -526,7 +526,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    bases, kinds = {}, {adapter.kind: adapter, "lora": LoRALayer}
+    bases, layers, kinds = {}, {}, {adapter.kind: adapter, "lora": LoRALayer}
     for name, a in about.items():
         if a.setdefault("kind", "lora") not in kinds:
             raise ValueError(
@@ -538,16 +538,19 @@ def load_adapter(model, path, adapter=LoRALayer):
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
         _, n_in, n_out = bases[name]
-        expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
-    adapter_file.refuse_misfit(path, tensors, expected)
-    for name, a in about.items():  # only now: a refused file leaves the model as it was
-        if a["r"] == 0:  # Delta-LoRA, a module that never was on
-            continue
         # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
         layer = kinds[a["kind"]](*bases[name], 1, a["scaling"], generator=torch.Generator())
-        layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
-        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
         layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
+        shapes = {key: factor.shape for key, factor in layer.factors().items()}
+        shapes |= {"lora_A": (a["r"], n_in), "lora_B": (n_out, a["r"])}
+        expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+        layers[name] = layer
+    adapter_file.refuse_misfit(path, tensors, expected)
+    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
+        if layer.r == 0:  # Delta-LoRA, a module that never was on
+            continue
+        for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
+            setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))
         put(model, name, layer)
     own = {n: layer for n, layer in adapters(model).items() if layer.kind != "lora"}
     if own:

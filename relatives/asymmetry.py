@@ -25,8 +25,6 @@ from lora import LoRALayer
 class Asymmetry(LoRALayer):
     """LoRALayer with lora_A frozen, its rows orthonormal. Args and errors as LoRALayer."""
 
-    stored_as = "pair"
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # A^T = Q of the QR decomposition of the draw: A A^T = Q^T Q = I

@@ -32,7 +32,7 @@ class DoRA(LoRALayer):
         ValueError: as LoRALayer; or a row of the weight is zero.
     """
 
-    stored_as = "dora"
+    kind = "dora"
 
     def __init__(self, base, *args, **kwargs):
         super().__init__(base, *args, **kwargs)

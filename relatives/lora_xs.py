@@ -35,7 +35,8 @@ def singular_pair(weight, r):
     """
     # W = U S V^T
     U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    rank = int((S > S[0] * max(weight.shape) * torch.finfo(weight.dtype).eps).sum())
+    smallest = S[0] * max(weight.shape) * torch.finfo(weight.dtype).eps
+    rank = int((smallest < S).sum())
     if r > rank:
         raise ValueError(f"r is {r}, and a weight has rank {rank}: LoRA-XS needs r up to that")
     U, A = U[:, :r], S[:r, None] * Vh[:r]  # (out, r), (r, in)
@@ -52,11 +53,10 @@ class LoRAXS(LoRALayer):
         ValueError: as LoRALayer; r above the rank of the weight.
     """
 
-    stored_as = "pair"
-
-    def __init__(self, base, in_features, out_features, r=8, *args, generator=None, **kwargs):
-        *args, generator = args if len(args) == 3 else (*args, generator)
-        super().__init__(base, in_features, out_features, r, *args, generator=generator, **kwargs)
+    def __init__(
+        self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
+    ):
+        super().__init__(base, in_features, out_features, r, lora_alpha, lora_dropout, generator)
         B, A = singular_pair(base.weight, r)
         self.lora_A = nn.Parameter(A, requires_grad=False)  # (r, in)
         self.lora_B = nn.Parameter(B, requires_grad=False)  # (out, r)
@@ -66,6 +66,10 @@ class LoRAXS(LoRALayer):
     def factors(self):
         return {"lora_R": self.lora_R}
 
-    def matrices(self):
+    def from_zero(self):
+        return self.lora_R  # (r, r), and not from zero: what is off is stored as well
+
+    def branch(self):
         # ΔW = scaling * U_r R S_r V_r^T
-        return self.lora_A, self.lora_B @ self.lora_R  # (r, in), (out, r)
+        R = self.lora_R if self.enabled else self.lora_R.detach()
+        return self.lora_A, self.lora_B @ R  # (r, in), (out, r)
