@@ -94,12 +94,8 @@ INCOMPATIBLE = {  # adapter -> flag, or flag and value -> why they do not go tog
         "--when-off frozen": IN_NEIGHBOURS,
     },
 }
-NOT_LINEAR_IN_R = (
-    "tied",
-    "dora",
-    "lora_xs",
-    "prolora",
-)  # parameters: there is no equal budget with r times those of rank 1
+# Their parameters are not r times those of rank 1: there is no equal budget at another r.
+NOT_LINEAR_IN_R = ("dora", "lora_xs", "prolora", "tied")
 
 
 def refuse_incompatible(args):

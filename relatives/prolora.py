@@ -4,7 +4,7 @@
     unshared_r    | u      | number, 0 <= u <= r: ranks that are plain LoRA
     x_A, x_B      |        | numbers: copies of the chunk along in, along out
     lora_A_shared |        | (r - u, in / x_A)   the chunk of A; lora_A_own (u, in)
-    lora_B_shared |        | (out / x_B, r - u)  the chunk of B; lora_B_own (out, u); both start at 0
+    lora_B_shared |        | (out / x_B, r - u)  the chunk of B; lora_B_own (out, u); both zero
     shift         |        | max(1, floor((r - u) / x)): copy j is rotated by -j * shift
 
 Copies rotated along the rank axis pair each chunk of A with other rows of the chunk of B: block
