@@ -249,7 +249,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/lora_xs.py", "return (U * sign).to(weight), (A * sign.T).to(weight)", "return U.to(weight), A.to(weight)", "the signs of the SVD as they come", f"{RELATIVES1}::test_lora_xs_is_the_best_approximation_at_r_identity"),
     ("relatives/lora_xs.py", "self.lora_B @ R  #", "self.lora_B @ R.T  #", "R transposed", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/lora_xs.py", "DEVIATION = 1e-5", "DEVIATION = 1e-5**0.5", "1e-5 taken for a variance", f"{RELATIVES1}::test_lora_xs_start_has_the_deviation_of_the_paper"),
-    ("relatives/sbora.py", "torch.randperm(n, generator=generator)[:r]", "torch.randint(n, (r,), generator=generator)", "indices that repeat", f"{RELATIVES1}::test_sbora_is_training_columns_or_rows_themselves"),
+    ("relatives/sbora.py", "torch.randperm(n, generator=generator)[:r]", "torch.randint(n, (r,), generator=generator)", "indices that repeat", f"{RELATIVES1}::test_sbora_gather_equals_the_product_with_the_identity"),
     ("relatives/sbora.py", "F.linear(h[..., self.lora_index], self.scaling * B)", "F.linear(h[..., : self.r], self.scaling * B)", "the first r inputs", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/sbora.py", "index_add(-1, self.lora_index,", "index_copy(-1, self.lora_index,", "the outputs S replaced, not added to", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/sbora.py", "F.linear(h, self.scaling * A))", "F.linear(h, A))", "FB without the scale", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),

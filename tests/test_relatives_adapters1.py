@@ -21,19 +21,20 @@ from relatives import METHODS
 from relatives.dora import DoRA
 from relatives.lora_xs import LoRAXS, singular_pair
 from relatives.prolora import PRoLoRA
+from relatives.sbora import distinct
 from support.flags import equal_budget_control, parse_flags
 from test_train import whole_and_interrupted
 from tools.peft import writing
 
 KINDS = ("dora", "asymmetry", "lora_xs", "sbora_fa", "sbora_fb", "prolora")
-S = 5 / 3  # alpha / r
+S = 5 / 3  # alpha / r; r is 4, so that of 3 shared ranks a roll and its reverse differ
 
 
-def inject(kind, family="bert", seed=0, targets=lora.LINEARS, shortcuts=(), r=3, alpha=5.0):
+def inject(kind, family="bert", seed=0, targets=lora.LINEARS, shortcuts=(), r=4):
     """(model as it starts, its modules)."""
     m = tiny.model(family)
     adapter = METHODS["adapter"][kind] if isinstance(kind, str) else kind
-    lora.inject(m, targets, r=r, lora_alpha=alpha, adapter=adapter, seed=seed, shortcuts=shortcuts)
+    lora.inject(m, targets, r=r, lora_alpha=S * r, adapter=adapter, seed=seed, shortcuts=shortcuts)
     lora.mark_trainable(m)
     return m, lora.adapters(m)
 
@@ -258,7 +259,7 @@ def test_parameters_are_counted_exactly():
         "prolora": (12 + 20) + 2 * (3 + 5),
     }
     for kind, count in expected.items():
-        m, layers = inject(kind, targets=("fc1",))
+        m, layers = inject(kind, targets=("fc1",), r=3)
         assert lora.count_trainable(m)["layers.0.fc1"] == count
         layers["layers.0.fc1"].enabled = False
         stored = lora.count_trainable(m, stored=True).get("layers.0.fc1")
@@ -358,6 +359,7 @@ def test_sbora_is_training_columns_or_rows_themselves():
 
 
 def test_sbora_gather_equals_the_product_with_the_identity():
+    assert distinct(5, 5, torch.Generator()).tolist() == [0, 1, 2, 3, 4]
     for kind in ("sbora_fa", "sbora_fb"):
         layer = layer_of(METHODS["adapter"][kind])
         tiny.randomise(layer.factors().values(), 4)
@@ -464,7 +466,7 @@ def flags(tmp_path):
 def test_a_run_with_dynamic_allocation_resumes_to_the_bits_and_exports(
     kind, flags, tmp_path, monkeypatch
 ):
-    """Decisions at 0.4 and 0.8 of each epoch; after the resumption frozen draws are as they were."""
+    """Decisions at 0.4 and 0.8 of each epoch; frozen draws come back as they were."""
     shortcuts = ["--shortcuts", "none" if kind == "dora" else "residual", "--lora-dropout", "0.2"]
     chosen = [*flags, "--adapter", kind, *shortcuts]
     whole, broken = whole_and_interrupted(chosen, tmp_path, monkeypatch, 3)
@@ -521,7 +523,7 @@ def test_fisher_works_where_a_row_of_a_trains_and_says_where_not():
         for i in range(3):
             m.zero_grad()
             m(**{k: v[i : i + 1] for k, v in batch.items()}).loss.backward()
-            total += sum(torch.dot(A.grad[k], A.detach()[k]).item() ** 2 for k in range(3))
+            total += sum(torch.dot(A.grad[k], A.detach()[k]).item() ** 2 for k in range(4))
         assert scores["layers.0.fc1"] == pytest.approx(total / 6, rel=1e-9)
     with pytest.raises(ValueError, match=r"fisher needs a lora_A that trains: layers\.0\.fc1"):
         proxies.score("fisher", inject("sbora_fa", targets=("fc1",))[0], [batch])
