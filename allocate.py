@@ -306,13 +306,14 @@ class Reallocator:
 # --------------------------------------------------------------------------------------------- grid
 
 
-def grid(levels, costs, budget=None):
+def grid(levels, costs, budget=None, spent=None):
     """A decision as text: a row for each place, a column for each block; and what it spends.
 
     Args:
         levels: dict name -> share of the module that is on: 0 … 1 (on/off, or r_i / r).
         costs: dict name -> parameters when it is whole.
         budget: number of parameters, or None.
+        spent: number of parameters, where modules share some; None = the sum over what is on.
 
     Returns:
         str of several lines; · = off, ░ ▒ ▓ █ = up to 25, 50, 75, 100 % of the ranks, space = no
@@ -328,7 +329,8 @@ def grid(levels, costs, budget=None):
             " " if c is None else "·" if c == 0 else shade[math.ceil(4 * c)] for c in cells
         )
         lines.append(f"{place:>13} {text}")
-    spent = sum(round(costs[name] * level) for name, level in levels.items())
+    if spent is None:
+        spent = sum(round(costs[name] * level) for name, level in levels.items())
     total = sum(costs.values())
     on = sum(level > 0 for level in levels.values())
     if budget is not None and spent == total:

@@ -146,8 +146,9 @@ def decide(run):
     layers = lora.adapters(model).items()
     levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
-    tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params))
-    runs.log(run, "score", step=run.step, parameters=runs.counts(model)[0], seconds=seconds)
+    spent = runs.counts(model)[0]
+    tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params, spent))
+    runs.log(run, "score", step=run.step, parameters=spent, seconds=seconds)
     runs.write_history(run)
 
 

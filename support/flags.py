@@ -16,7 +16,7 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import METHODS
+from relatives import METHODS, NOT_LINEAR_IN_R
 from support import glue, run_folder
 from support.errors import shown
 from support.settings import refuse_conflicts
@@ -311,7 +311,8 @@ def describe(args):
     places = [place for place in (",".join(args.targets), shortcuts) if place]
     if not places:
         return "head alone"
-    name = f"LoRA r={args.r} on {' + '.join(places)}"
+    method = "LoRA" if args.adapter == "lora" else args.adapter
+    name = f"{method} r={args.r} on {' + '.join(places)}"
     if args.delta_ratio:
         lazy = ", lazy" if args.delta_lazy == "yes" else ""
         name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
@@ -333,8 +334,11 @@ def equal_budget_control(args, spent, costs):
         spent: int, its adapter parameters. costs: dict module -> parameters at rank args.r.
 
     Returns:
-        (command, parameters), or None where not even rank 1 everywhere fits.
+        (command, parameters), or None where not even rank 1 everywhere fits, or where the cost is
+        not r times that of rank 1.
     """
+    if args.adapter in NOT_LINEAR_IN_R:
+        return None
     one = sum(costs.values()) // args.r  # rank 1 everywhere
     r = spent // one
     if r == 0:

@@ -20,7 +20,7 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import single_ranks
+from relatives import refuse_incompatible, single_ranks
 
 READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
 EPSILON = 1e-8  # of AdamW, beside the root of the second moment
@@ -48,6 +48,7 @@ def refuse_conflicts(given, args):
     for wrong, message in contradictions(a):
         if wrong:
             raise ValueError(message)
+    refuse_incompatible(args)
 
 
 def needs(a):
