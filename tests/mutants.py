@@ -224,7 +224,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/reslora.py", "        return x  # (b, t, in)", "        return x.detach()", "reslora_input: no gradient to the earlier input", f"{ADAPTERS2}::test_gradients_by_finite_differences"),
     ("relatives/reslora.py", "        if not self.in_forward:\n            return None\n", "", "reslora_middle: what is off goes on to its neighbours", f"{ADAPTERS2}::test_off_means_off"),
     ("relatives/reslora.py", "        if last:\n            self.passed.clear()", "        if False:\n            self.passed.clear()", "reslora: the graph outlives the pass", f"{ADAPTERS2}::test_a_deep_copy_shares_within_itself_alone"),
-    ("model.py", "read if last and not whole else None)", "read if last else None)", "reslora: the last block at one position", f"{ADAPTERS2}::test_logits_equal_the_definition"),
+    ("relatives/reslora.py", "    every_token = True\n", "", "reslora: the last block at one position", f"{ADAPTERS2}::test_logits_equal_the_definition"),
     ("proxies.py", "once = {id(p): (a", "once = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
     ("lora.py", "            if id(factor) not in seen:\n", "            if True:\n", "what is shared trains once for each module", f"{ADAPTERS2}::test_counts_are_exact"),
     ("train.py", "args.budget_params, spent)", "args.budget_params)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
