@@ -29,17 +29,17 @@ QKV = ("q_proj", "k_proj", "v_proj")
 S = 5 / 3  # alpha / r
 
 
-def inject(kind, family="bert", targets=QKV, **overrides):
+def inject(kind, family="bert", targets=QKV, shortcuts=(), **overrides):
     """(model as it starts, its modules)."""
     m = tiny.model(family, **overrides)
-    lora.inject(m, targets, r=3, lora_alpha=5, adapter=ADAPTERS[kind])
+    lora.inject(m, targets, r=3, lora_alpha=5, adapter=ADAPTERS[kind], shortcuts=shortcuts)
     lora.mark_trainable(m)
     return m, lora.adapters(m)
 
 
-def generic(kind, family="bert", targets=QKV, **overrides):
+def generic(kind, family="bert", **more):
     """The same, with every factor random."""
-    m, layers = inject(kind, family, targets, **overrides)
+    m, layers = inject(kind, family, **more)
     tiny.randomise([p for n, p in lora.trainable(m).items() if ".lora_" in n], seed=8, std=0.5)
     return m, layers
 
@@ -151,7 +151,7 @@ def test_logits_equal_the_definition(kind, family):
 @pytest.mark.parametrize("kind", ["tied", "reslora_block", "reslora_input", "reslora_middle"])
 def test_every_place_can_be_adapted(kind):
     """fc1 and fc2 are not square; the last block reads one position of most places."""
-    m, layers = generic(kind, "opt", lora.LINEARS)
+    m, layers = generic(kind, "opt", targets=lora.LINEARS)
     batch = tiny.batch(m.config)
     close(m(**batch).logits, expected_logits(kind, "opt", layers, batch))
 
@@ -494,7 +494,7 @@ def test_grasp_takes_what_is_shared_once():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_file_loads_with_equal_logits(kind, tmp_path):
     """As plain LoRA where it is one; else under its own kind, and by its class alone."""
-    m, layers = generic(kind)
+    m, layers = generic(kind, shortcuts=("residual_1", "shortcut_sa"))
     lora.switch(m, set(layers) - {"layers.1.k_proj"})
     lora.save_adapter(m, tmp_path / "a.safetensors")
     batch, loaded = tiny.batch(m.config), tiny.model("bert")
