@@ -81,6 +81,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(like))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(like))  # (out, r)
         self.weight_before_merge = None
+        self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
         self.ranks_off = []
         self.when_off = "out"
@@ -102,8 +103,10 @@ class LoRALayer(nn.Module):
 
     @enabled.setter
     def enabled(self, value):
-        if self.merged:
-            raise ValueError("a merged module cannot be switched: call unmerge(model) first")
+        if self.locked:
+            raise ValueError(
+                "a module of a merged model cannot be switched on or off: call unmerge(model) first"
+            )
         self._enabled = bool(value)
 
     @property
@@ -182,25 +185,34 @@ class LoRALayer(nn.Module):
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on, rank by rank, and whether merged."""
+        """A state_dict carries beside A and B what is on, which ranks, if merged, and the scale."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         off = [k in self.ranks_off for k in range(self.r)]
         switches = [self.enabled, self.merged, self.when_off == "frozen", *off]
         destination[prefix + "lora_switches"] = torch.tensor(switches)  # (3 + r,)
+        destination[prefix + "lora_scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        """Switch as the saved module was. ValueError: merged fits merged alone, or unmerged."""
-        switches = state_dict.pop(prefix + "lora_switches", None)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if switches is None:
-            missing.append(prefix + "lora_switches")
+        """Switch as the saved module was. ValueError: it would not compute what that one did."""
+        keys = prefix + "lora_switches", prefix + "lora_scaling"
+        switches, scaling = (state_dict.pop(key, None) for key in keys)
+        if switches is None or scaling is None:
+            missing += [key for key in keys if key not in state_dict]
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
             return
-        on, merged, frozen, *off = switches.tolist()
-        if merged != self.merged:
+        if switches.shape != (3 + self.r,) or scaling.item() != self.scaling:
             raise ValueError(
-                "one of the two models is merged and the other is not: call unmerge(model) first"
+                f"{prefix[:-1]} has r {self.r} and scaling {self.scaling}, the state_dict "
+                f"{len(switches) - 3} and {scaling.item()}: inject with the same r and lora_alpha"
             )
-        self._enabled, self.when_off = on, "frozen" if frozen else "out"
+        on, merged, frozen, *off = switches.tolist()
+        if merged or self.locked:
+            raise ValueError(
+                f"{prefix[:-1]} is merged, in the state_dict or in the model: call unmerge(model) "
+                "on that side, and save anew"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        self._enabled, self.when_off = bool(on), "frozen" if frozen else "out"
         self.ranks_off = [k for k, rank_off in enumerate(off) if rank_off]
 
     def extra_repr(self):
@@ -208,6 +220,20 @@ class LoRALayer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- injection
+
+
+def refuse_unsuitable(model):
+    """Raises ValueError where a model cannot be adapted or scored: the door of both."""
+    adapters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the device meta, a shape without numbers: load it first"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"{name} is in {parameter.dtype}, whose range gradients leave: call model.float()"
+            )
 
 
 def inject(
@@ -242,9 +268,10 @@ def inject(
         adapters(model).
 
     Raises:
-        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a
-            model that is injected.
+        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
+            that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
+    refuse_unsuitable(model)
     if when_off not in ("out", "frozen"):
         raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
@@ -288,9 +315,19 @@ def put(model, name, layer):
 
 
 def adapters(model):
-    """dict name -> LoRALayer, block by block, linear layers before shortcuts."""
+    """dict name -> LoRALayer, block by block, linear layers before shortcuts.
+
+    Raises:
+        ValueError: not a model.Transformer.
+    """
+    blocks = getattr(model, "layers", [None])
+    if not all(hasattr(block, place) for block in blocks for place in LINEARS + RESIDUALS + CROSS):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, expected a model.Transformer, as "
+            "load_pretrained gives it"
+        )
     found = {}
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(blocks):
         for place in LINEARS + RESIDUALS + CROSS:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)
@@ -408,6 +445,8 @@ def merge(model):
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
             # W <- W + scaling * B A
             layer.base.weight += layer.delta_w()
+    for layer in layers.values():
+        layer.locked = bool(chosen)
     return tuple(chosen)
 
 
@@ -424,6 +463,8 @@ def unmerge(model):
         for layer in merged:
             layer.base.weight.copy_(layer.weight_before_merge)
             layer.weight_before_merge = None
+    for layer in adapters(model).values():
+        layer.locked = False
 
 
 # ------------------------------------------------------------------------------------ adapter files
@@ -480,11 +521,12 @@ def load_adapter(model, path, adapter=LoRALayer):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
+    refuse_unsuitable(model)
     if adapters(model):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    bases, kinds = {}, {adapter.kind: adapter, "lora": LoRALayer}
+    bases, layers, kinds = {}, {}, {adapter.kind: adapter, "lora": LoRALayer}
     for name, a in about.items():
         if a.setdefault("kind", "lora") not in kinds:
             raise ValueError(
@@ -496,16 +538,19 @@ def load_adapter(model, path, adapter=LoRALayer):
         except AttributeError as error:
             raise ValueError(f"{path} adapts {name}, which this model lacks") from error
         _, n_in, n_out = bases[name]
-        expected |= {f"{name}.lora_A": (a["r"], n_in), f"{name}.lora_B": (n_out, a["r"])}
-    adapter_file.refuse_misfit(path, tensors, expected)
-    for name, a in about.items():  # only now: a refused file leaves the model as it was
-        if a["r"] == 0:  # Delta-LoRA, a module that never was on
-            continue
         # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
         layer = kinds[a["kind"]](*bases[name], 1, a["scaling"], generator=torch.Generator())
-        layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
-        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
         layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
+        shapes = {key: factor.shape for key, factor in layer.factors().items()}
+        shapes |= {"lora_A": (a["r"], n_in), "lora_B": (n_out, a["r"])}
+        expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+        layers[name] = layer
+    adapter_file.refuse_misfit(path, tensors, expected)
+    for name, layer in layers.items():  # only now: a refused file leaves the model as it was
+        if layer.r == 0:  # Delta-LoRA, a module that never was on
+            continue
+        for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
+            setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))
         put(model, name, layer)
     own = {n: layer for n, layer in adapters(model).items() if layer.kind != "lora"}
     if own:

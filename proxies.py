@@ -41,9 +41,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora import RESIDUALS, adapters
+from lora import RESIDUALS, adapters, refuse_unsuitable
 from support import distributed
 
+WITHOUT_DATA = ("constant", "synflow")  # these read no batch
 ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
 
 
@@ -60,19 +61,15 @@ def score(name, model, batches):
         dict name -> float, in the order of lora.adapters; larger = keep.
 
     Raises:
-        ValueError: unknown proxy, no adapters, a merged model, no batches, or a score that is not
-            finite.
+        ValueError: unknown proxy, a model or batches that refuse_unscorable does not let in, or a
+            score that is not finite.
 
     Warns:
         UserWarning: all scores are zero, so whatever is chosen from them is chosen at random.
     """
     if name not in PROXIES:
         raise ValueError(f"unknown proxy {name!r}, allowed: {', '.join(PROXIES)}")
-    layers = adapters(model)
-    if not layers or any(layer.merged for layer in layers.values()):
-        raise ValueError("scoring needs a model with LoRA modules that are not merged")
-    if not batches:
-        raise ValueError("scoring needs at least one batch")
+    refuse_unscorable(model, batches)
     scores = PROXIES[name](model, batches)
     for module, value in scores.items():
         if not math.isfinite(value):
@@ -87,6 +84,48 @@ def score(name, model, batches):
             stacklevel=2,
         )
     return scores
+
+
+def refuse_unscorable(model, batches):
+    """The door of every score: the model, the list, and each batch; the loss must be defined.
+
+    Raises:
+        ValueError: no adapters, a merged model, one that lora.refuse_unsuitable refuses; no list;
+            a batch without labels, with token ids or labels out of range, or on another device.
+    """
+    refuse_unsuitable(model)
+    layers = adapters(model)
+    if not layers or any(layer.merged for layer in layers.values()):
+        raise ValueError("scoring needs a model with LoRA modules that are not merged")
+    if not isinstance(batches, list | tuple):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, expected a list: it is read more than once"
+        )
+    if not batches:
+        raise ValueError("scoring needs at least one batch")
+    for i, batch in enumerate(batches):
+        refuse_batch(model, batch, f"batch {i}")
+
+
+def refuse_batch(model, batch, where):
+    """Raises ValueError where a batch has no loss, or would read outside a table."""
+    for name in ("input_ids", "attention_mask", "labels"):
+        found = batch.get(name) if isinstance(batch, dict) else None
+        if not torch.is_tensor(found) or not found.numel():
+            raise ValueError(f"{where} has no {name}: expected a dict of tensors that holds it")
+        device = model.word_embeddings.weight.device
+        if found.device != device:
+            raise ValueError(f"{where} is on {found.device}, the model on {device}")
+    config, labels = model.config, batch["labels"]
+    limits = [("input_ids", batch["input_ids"], config.vocab_size)]
+    if config.head == "lm":
+        limits.append(("labels", labels[labels != -100], config.vocab_size))
+    elif config.num_labels > 1:
+        limits.append(("labels", labels, config.num_labels))
+    for name, values, limit in limits:
+        low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
+        if low < 0 or high >= limit:
+            raise ValueError(f"{where} has {name} {low} to {high}, allowed: 0 to {limit - 1}")
 
 
 # ----------------------------------------------------------------------------------- leave no trace
@@ -296,6 +335,9 @@ def fisher(model, batches):
     """
     count = sum(len(batch["labels"]) for batch in batches)
     with scoring(model) as layers:
+        for name, layer in layers.items():
+            if "lora_A" not in layer.factors():
+                raise ValueError(f"fisher needs a lora_A that trains: {name} has none")
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
         for batch in distributed.share(batches):

@@ -17,15 +17,26 @@ What this package does not do: import transformers or PEFT, or need a line of it
 """
 
 from lora import LoRALayer
+from relatives.asymmetry import Asymmetry
 from relatives.condlora import CondLoRA
 from relatives.cora import CoRA, CoRATrained
+from relatives.dora import DoRA
+from relatives.lora_xs import LoRAXS
 from relatives.plain import adamw
+from relatives.prolora import PRoLoRA
 from relatives.reslora import ResLoRABlock, ResLoRAInput, ResLoRAMiddle
+from relatives.sbora import SBoRAFA, SBoRAFB
 from relatives.tied import TiedLoRA
 
 METHODS = {  # kind -> name -> method
     "adapter": {
         "lora": LoRALayer,
+        "dora": DoRA,
+        "asymmetry": Asymmetry,
+        "lora_xs": LoRAXS,
+        "sbora_fa": SBoRAFA,
+        "sbora_fb": SBoRAFB,
+        "prolora": PRoLoRA,
         "tied": TiedLoRA,
         "condlora": CondLoRA,
         "cora": CoRA,
@@ -39,14 +50,33 @@ METHODS = {  # kind -> name -> method
 }
 
 SHARED = {
-    "--budget-params": "its modules share A and B: a single one has no price; use --keep",
     "--per-rank yes": "its modules share A and B: a rank cannot be on in one and off in another",
+    "--budget-params": "its modules share A and B: a single one has no price; use --keep",
     "--when-off frozen": "what is off would move: A and B, which it shares, train on in the others",
     "--proxy fisher": "A is shared, so that a channel has one score for all blocks",
 }
 IN_NEIGHBOURS = "what is off would move: the pairs of earlier blocks, which it adds, train on"
 PLAIN = "Delta-LoRA is made for a pair of which one module trains both factors"
+HALF = "one factor is frozen: no rank has both a row of A and a column of B to train"
+NO_CHANNEL = "it scores the rows of a trained A, and none trains here"
 INCOMPATIBLE = {  # adapter -> flag, or flag and value -> why they do not go together
+    "dora": {
+        "--delta-ratio": "the norms of W + s B A would follow W: the pair no longer exports",
+        "--per-rank yes": "the magnitude belongs to all ranks of a module: none has a price alone",
+    },
+    "asymmetry": {"--delta-ratio": PLAIN, "--per-rank yes": HALF, "--proxy fisher": NO_CHANNEL},
+    "lora_xs": {
+        "--delta-ratio": "A and B are made from W, which has to stand still",
+        "--per-rank yes": "R mixes the ranks: none can be off alone",
+        "--proxy fisher": NO_CHANNEL,
+    },
+    "sbora_fa": {"--delta-ratio": PLAIN, "--per-rank yes": HALF, "--proxy fisher": NO_CHANNEL},
+    "sbora_fb": {"--delta-ratio": PLAIN, "--per-rank yes": HALF},
+    "prolora": {
+        "--delta-ratio": PLAIN,
+        "--per-rank yes": "a row of the chunk stands in several ranks: none can be off alone",
+        "--proxy fisher": "a row of the chunk stands in several ranks: it is no channel's alone",
+    },
     "tied": {**SHARED, "--delta-ratio": PLAIN},
     "condlora": {**SHARED, "--delta-ratio": "A and B are made from W, which has to stand still"},
     "cora": {
@@ -64,7 +94,8 @@ INCOMPATIBLE = {  # adapter -> flag, or flag and value -> why they do not go tog
         "--when-off frozen": IN_NEIGHBOURS,
     },
 }
-NOT_LINEAR_IN_R = ("tied",)  # parameters: there is no equal budget with r times those of rank 1
+# Their parameters are not r times those of rank 1: there is no equal budget at another r.
+NOT_LINEAR_IN_R = ("dora", "lora_xs", "prolora", "tied")
 
 
 def refuse_incompatible(args):

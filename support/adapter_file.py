@@ -4,7 +4,8 @@
     metadata    "adapters": {module: {"r", "scaling", "enabled"}}, with "kind" where it is no LoRA
                 pair but stored as it is; "shortcut_norm", where it is not "none"
 
-The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
+The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on. One
+of kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
 Enabled is what is in the forward pass: on, or off and frozen.
 
 What this file does not do: other formats (tools/peft).
@@ -16,7 +17,11 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
+from support.errors import shown
+from support.form import count, finite, misfit
 from support.run_folder import write_atomic
+
+ABOUT = {str: {"r": count, "scaling": finite, "enabled": bool}}
 
 
 def adapter_path(path):
@@ -62,13 +67,12 @@ def read(path, shortcut_norm):
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = {
-            name: {"r": int(a["r"]), "scaling": float(a["scaling"]), "enabled": bool(a["enabled"])}
-            | ({"kind": str(a["kind"])} if "kind" in a else {})
-            for name, a in json.loads(metadata["adapters"]).items()
-        }
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no adapter of this program: {error!r}") from error
+        about = json.loads(metadata["adapters"])
+    except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no adapter of this program: {shown(error)}") from error
+    wrong = misfit(without_kinds(about), ABOUT, "adapters")
+    if wrong:
+        raise ValueError(f"{path} is no adapter of this program: {wrong}")
     norm = metadata.get("shortcut_norm", "none")
     if norm != shortcut_norm:
         raise ValueError(
@@ -76,6 +80,16 @@ def read(path, shortcut_norm):
             f"{shortcut_norm!r}"
         )
     return tensors, about
+
+
+def without_kinds(about):
+    """The same without "kind" where that is a word: a pair, plain LoRA, has none."""
+    if not isinstance(about, dict) or not all(isinstance(a, dict) for a in about.values()):
+        return about
+    pairs = {}
+    for name, a in about.items():
+        pairs[name] = {k: v for k, v in a.items() if k != "kind" or not isinstance(v, str)}
+    return pairs
 
 
 def refuse_misfit(path, tensors, expected):

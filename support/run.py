@@ -32,7 +32,7 @@ class Run:
     task: glue.Task
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    train: list  # encoded examples
+    train: list | None  # encoded examples; None with --eval-only
     dev: list
     test: list | None  # with labels, and asked for
     device: torch.device
@@ -80,6 +80,21 @@ def save(run):
         state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
         lines = len(run_folder.read_log(run.folder))
         checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
+
+
+def refuse_lost(folder, state, per_epoch, total):
+    """Raises ValueError where a checkpoint says that it is at a step that the run does not have.
+
+    Args:
+        folder: for the words. state: of the checkpoint.
+        per_epoch, total: int, steps of an epoch and of the run.
+    """
+    epoch, step_in_epoch, step = (state["position"][key] for key in PROGRESS["position"])
+    counted = epoch * per_epoch + step_in_epoch
+    known = bool(epoch) == bool(state["metrics"]["last"])
+    if step != counted or step_in_epoch > per_epoch or counted > total or not known:
+        at = f"step {step}, {step_in_epoch} of epoch {epoch}"
+        raise ValueError(f"the checkpoint in {folder} is at {at}: no step of this run")
 
 
 def restore(run, state, seed):

@@ -32,6 +32,7 @@ FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
+SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
@@ -48,7 +49,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("lora.py", "layer.base.weight += layer.delta_w()", "layer.base.weight += layer.delta_w() / layer.scaling", "merge without the scale", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "copy_(layer.weight_before_merge)", "sub_(layer.delta_w())", "unmerge by subtraction", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if isinstance(a.base, nn.Linear)}", "merge takes modules that are off", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
-    ("lora.py", "    model.requires_grad_(False)\n", "", "nothing is frozen", f"{LORA}::test_trainable_set_and_counts"),
+    ("lora.py", "    model.requires_grad_(False)\n    for", "    for", "nothing is frozen", f"{LORA}::test_trainable_set_and_counts"),
     ("lora.py", "self.lora_alpha = self.scaling * self.r", "self.scaling = self.lora_alpha / self.r", "fewer ranks change the scale", f"{HETERO}::test_ranks_within_a_budget"),
     ("lora.py", "lora_B.detach()[:, kept]", "lora_B.detach()[:, : len(kept)]", "kept rows of A with other columns of B", f"{HETERO}::test_kept_ranks_compute_what_they_did"),
     ("lora.py", "alpha = (d, d), shortcut_alpha", "alpha = (d, d), lora_alpha", "shortcuts with the modules' alpha", f"{SHORTCUTS}::test_number_of_shortcuts"),
@@ -176,7 +177,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "        if shortcut.in_forward:\n            x = x +", "        if shortcut.enabled:\n            x = x +", "a frozen shortcut is left out", f"{WHEN_OFF}::test_out_leaves_and_frozen_stays"),
     ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if a.enabled and isinstance(a.base, nn.Linear)}", "frozen modules do not merge", f"{WHEN_OFF}::test_frozen_modules_merge_too"),
     ("lora.py", '"enabled": layer.in_forward}', '"enabled": layer.enabled}', "the file leaves out what is frozen", f"{WHEN_OFF}::test_a_saved_adapter_loads_to_equal_logits"),
-    ("lora.py", 'on, "frozen" if frozen else "out"', "on, self.when_off", "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
+    ("lora.py", 'bool(on), "frozen" if frozen else "out"', "bool(on), self.when_off", "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
     ("lora.py", "if layer.lora_B[:, k].any()}", "if layer.lora_A[k].any()}", "stored: what never learned counts", f"{WHEN_OFF}::test_trainable_at_once_and_stored"),
     ("delta_lora.py", "            if layer.in_forward:\n", "            if layer.enabled:\n", "the export leaves out what is frozen", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
     ("delta_lora.py", "if not layer.enabled:\n                self.end", "if not layer.in_forward:\n                self.end", "a frozen module's stretch goes on", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
@@ -191,7 +192,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/single_ranks.py", "            layer.lora_B[:, k] = column\n", "", "B does not get its step", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("relatives/single_ranks.py", "            layer.lora_A.grad = layer.lora_B.grad = None\n", "            pass\n", "gradients of factors add up over steps", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
-    ("support/checkpoint.py", 'state.get("ranks_off", {}).get(name, [])', "[]", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
+    ("support/checkpoint.py", 'layer.ranks_off = state["ranks_off"][name]', "layer.ranks_off = []", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
     ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
     ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
@@ -228,6 +229,32 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "once = {id(p): (a", "once = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
     ("lora.py", "            if id(factor) not in seen:\n", "            if True:\n", "what is shared trains once for each module", f"{ADAPTERS2}::test_counts_are_exact"),
     ("train.py", "args.budget_params, spent)", "args.budget_params)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
+    # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
+    ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
+    ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", '("every", a.allocate == "dynamic",', '("every", allocates,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "a.lr * a.weight_decay >= 1,", "a.lr * a.weight_decay > 10,", "a decay that erases is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "a.delta_ratio == -1,", "False,", "a lambda that undoes LoRA is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "math.ceil(batches / args.accumulate)", "math.ceil(batches // args.accumulate)", "steps of an epoch rounded down", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("support/settings.py", "a.warmup >= steps,", "a.warmup > steps,", "a warm-up as long as the run is not said", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("support/settings.py", "asked > examples,", "asked >= examples,", "said although all is scored as asked", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("proxies.py", 'WITHOUT_DATA = ("constant", "synflow")', 'WITHOUT_DATA = ("constant",)', "synflow is said to read batches", f"{SETTINGS}::test_proxies_without_data"),
+    ("proxies.py", "if low < 0 or high >= limit:", "if low < 0 or high > limit:", "an id one beyond the table is let in", f"{DOORS}::test_batches_without_a_score"),
+    ("proxies.py", "    if not isinstance(batches, list | tuple):", "    if False:", "a generator of batches is let in", f"{DOORS}::test_batches_without_a_score"),
+    ("support/form.py", "fits = type(value) is form if", "fits = isinstance(value, form) if", "true is an int", f"{DOORS}::test_forms"),
+    ("support/form.py", "if value.keys() != form.keys():", "if not form.keys() <= value.keys():", "keys that nobody knows are let in", f"{DOORS}::test_forms"),
+    ("support/checkpoint.py", "            and bool(value.isfinite().all())\n", "", "NaN is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "(*value.shape,) == (*shape,) and value.dtype == dtype", "value.dtype == dtype", "other shapes are put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "misfit(state, form_of(state, like)) if like", "misfit(state, FORM) if like", "a checkpoint of another run is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "return len(value) == len(groups) and all(", "return all(", "an optimizer without its group", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/hf_folder.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
+    ("support/run_folder.py", "if stored.get(split, data[split]) != data[split]:", "if False:", "a run goes on with other data", f"{DOORS}::test_a_run_keeps_its_data"),
+    ("support/glue.py", 'e["token_type_ids"], e["label"])', 'e["token_type_ids"])', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
+    ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
+    ("train.py", "    if model.fresh and not args.resume:", "    if model.fresh:", "a loaded head is called fresh", f"{DOORS}::test_eval_only_says_what_it_evaluates"),
+    ("lora.py", "if merged or self.locked:", "if merged != self.locked:", "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
+    ("lora.py", "        self._enabled = bool(on)\n", "", "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
+    ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
 ]
 # fmt: on
 

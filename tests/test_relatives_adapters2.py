@@ -532,7 +532,7 @@ def flags(tmp_path):
     model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
     text = (
         f"--task mrpc --data-dir {task} --model {model} --r 2 --epochs 2 --batch-size 5 --lr 0.03 "
-        f"--targets {','.join(QKV)} --log-every 1 --device cpu --every 0.4 --schedule constant"
+        f"--targets {','.join(QKV)} --log-every 1 --device cpu --schedule constant"
     )
     return text.split()
 
@@ -540,7 +540,7 @@ def flags(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dynamic_run_resumes_to_the_bits_and_exports(kind, flags, tmp_path, monkeypatch):
     """Interrupted between two decisions; what is shared is spent once in the table and the log."""
-    given = [*flags, "--adapter", kind, "--allocate", "dynamic", "--keep", "0.5", "--shortcuts"]
+    given = [*flags, "--adapter", kind, "--keep", "0.5", "--every", "0.4", "--shortcuts"]
     whole, _ = whole_and_interrupted([*given, "none"], tmp_path, monkeypatch, 6)
     if kind not in LINEAR:
         with pytest.raises(ValueError, match=f"holds {kind}: its modules add no matrix"):
@@ -563,6 +563,7 @@ def test_a_dynamic_run_resumes_to_the_bits_and_exports(kind, flags, tmp_path, mo
 def test_single_ranks_go_on_and_off(kind, allocate, flags, tmp_path, monkeypatch):
     """7 of 12 ranks, 24 parameters each: the file holds those that are on."""
     more = f"--adapter {kind} --allocate {allocate} --per-rank yes --budget-params 168".split()
+    more += ["--every", "0.4"] if allocate == "dynamic" else []
     given = [*flags, *more, "--shortcuts", "none", "--seed", "1"]
     whole, _ = whole_and_interrupted(given, tmp_path, monkeypatch, 6)
     model = train.load_pretrained(str(tmp_path / "model"))[0].eval()
@@ -594,8 +595,6 @@ def test_what_does_not_go_together_is_refused_by_name(kind, feature, capsys):
         "--delta-ratio": ["--delta-ratio", "2"],
         "--per-rank yes": ["--per-rank", "yes", "--budget-params", "500"],
     }
-    if kind in ("tied", "condlora"):
-        more["--per-rank yes"] = ["--per-rank", "yes"]
     given = ["--targets", ",".join(QKV), "--adapter", kind, *more.get(feature, feature.split())]
     assert train.main(given) == 2
     said = capsys.readouterr().err
@@ -606,8 +605,8 @@ def test_what_does_not_go_together_is_refused_by_name(kind, feature, capsys):
 def test_what_a_layer_cannot_have_is_refused_and_the_model_stays():
     cases = [
         ("condlora", ("q_proj", "fc1"), 3, "condlora needs square weights, this one is 20 x 12"),
-        ("cora", ("q_proj", "v_proj"), 3, "cora adapts q_proj,k_proj,v_proj, got q_proj,v_proj"),
-        ("cora_trained", (*QKV, "fc1"), 3, "cora adapts q_proj,k_proj,v_proj, got q_proj,k_proj"),
+        ("cora", ("q_proj", "v_proj"), 3, "cora needs the targets q_proj,k_proj,v_proj and no other, got q_proj,v"),
+        ("cora_trained", (*QKV, "fc1"), 3, "and no other, got q_proj,k_proj,v_proj,fc1"),
         *((kind, QKV, 13, "r is 13, allowed: an integer from 1 to 12") for kind in KINDS),
     ]
     for kind, targets, r, said in cases:

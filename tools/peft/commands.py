@@ -27,16 +27,17 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     model, tokenizer = load_pretrained(model_name, num_labels=labels)
     pairs, head = reading.read(folder, model)
     layers = reading.put(model, pairs, head)
-    total = sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs.values())
+    total = sum(p.count() for p in pairs.values())
     found = f"{len(pairs)} modules, {total:,} parameters"
     if task:
         _, dev = glue.load_task(task, data_dir)
         examples, _ = glue.encode(dev, tokenizer, min(128, model.config.max_positions))
         found += "\n" + report.show(evaluation.evaluate(model, glue.TASKS[task], examples))
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{n}.lora_A": a.lora_A for n, a in layers.items()} | head
-    tensors |= {f"{n}.lora_B": a.lora_B for n, a in layers.items()}
+    tensors = {f"{n}.{key}": t for n, a in layers.items() for key, t in a.factors().items()} | head
     about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}
+    for name, layer in layers.items():
+        about[name] |= {"kind": layer.kind} if layer.kind != "lora" else {}
     adapter_file.write(out, tensors, about, model.config.shortcut_norm)
     return f"{found}\n{out / 'adapter.safetensors'}"
 
@@ -56,12 +57,14 @@ def inspect(folder, model_name=None):
     lines = [f"{'module':<{width}} {'r':>4} {'alpha':>8} {'scale':>8} {'params':>9} {'|dW|_F':>10}"]
     for name, pair in sorted(pairs.items()):
         root = pair.r**0.5 if config["use_rslora"] else pair.r
-        alpha, count = pair.scaling * root, pair.lora_A.numel() + pair.lora_B.numel()
+        alpha, count = pair.scaling * root, pair.count()
         lines.append(
             f"{name:<{width}} {pair.r:>4} {alpha:>8g} {pair.scaling:>8.4g} {count:>9,} "
             f"{pair.norm():>10.4g}"
         )
-    total = sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs.values())
+    total = sum(p.count() for p in pairs.values())
     heads = ", ".join(sorted(head)) or "none"
     lines.append(f"{len(pairs)} modules, {total:,} parameters; head: {heads}")
+    if config["use_dora"]:
+        lines.append("DoRA: |dW|_F is of scale * B A, before each row is given its magnitude")
     return lines + [f"DISAGREES: {p}" for p in problems], not problems

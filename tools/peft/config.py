@@ -2,7 +2,7 @@
 
     FIELDS    read here: each has a check, the words for what it allows, and PEFT's default
     IGNORED   never change the function that is computed
-    others    refused, unless they are empty: DoRA, biases, layer replication and whatever a later
+    others    refused, unless they are empty: biases, layer replication and whatever a later
               PEFT may bring change the function, and to leave them out would be silent
 
 PEFT itself checks little: `lora_alpha: Infinity` loads, an unknown field gives a warning.
@@ -95,6 +95,7 @@ FIELDS = {  # field -> (check, what is allowed, default where it is absent; ... 
     "rank_pattern": (is_pattern(is_rank), "regular expressions with integers, 1 or more", None),
     "alpha_pattern": (is_pattern(is_alpha), "regular expressions with finite numbers > 0", None),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false", False),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false", False),
     "target_modules": (is_names_or_regex, "a list of names, or a regular expression", ...),
     "exclude_modules": (
         lambda value: value is None or is_names_or_regex(value),

@@ -6,8 +6,9 @@
 
 PEFT itself drops an unknown tensor in silence, and leaves a missing one at its initial value.
 GPT-2's c_attn (q, k and v in one) becomes three pairs with the same A, each with its rows of B.
+With use_dora a module has a magnitude as well, and becomes a relatives.dora.DoRA.
 
-What this file does not do: embeddings, DoRA, AdaLoRA, quantised layers, several adapters in one
+What this file does not do: embeddings, AdaLoRA, quantised layers, several adapters in one
 folder: these are refused by name (config.py). Pickled code is never executed.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 import lora
 from model import Config, Transformer
+from relatives.dora import DoRA
 from support import download, hf_folder
 from tools.peft.config import is_target, names, pattern_value, read_config
 from tools.peft.writing import HEADS, ROOT, Pair, full_path
@@ -30,14 +32,16 @@ def sort_tensors(tensors):
     """({full path: {"lora_A": …, "lora_B": …}}, {full path of a head parameter: …}, problems)."""
     factors, head, problems = {}, {}, []
     for name, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(ROOT)}(.+)\.(lora_[AB])\.weight", name)
+        match = re.fullmatch(
+            rf"{re.escape(ROOT)}(.+)\.(?:(lora_[AB])\.weight|(lora_magnitude_vector))", name
+        )
         number = tensor.float() if tensor.is_floating_point() else None
         if not name.startswith(ROOT) or (".lora_" in name and not match):
             problems.append(f"unknown tensor {name}")
         elif number is None or not number.isfinite().all():
             problems.append(f"{name} ({tensor.dtype}) is not a tensor of finite numbers")
         elif match:
-            factors.setdefault(match[1], {})[match[2]] = number
+            factors.setdefault(match[1], {})[match[2] or match[3]] = number
         else:
             head[name.removeprefix(ROOT)] = number
     return factors, head, problems
@@ -48,15 +52,21 @@ def pair_of(config, path, factors):
 
     scaling = alpha / r, with use_rslora alpha / sqrt(r); alpha and r by the module's path.
     """
-    if len(factors) < 2:
-        return None, [f"{path} has no {'lora_B' if 'lora_A' in factors else 'lora_A'}"]
-    a, b = factors["lora_A"], factors["lora_B"]
+    needed = ("lora_A", "lora_B", "lora_magnitude_vector")[: 3 if config["use_dora"] else 2]
+    absent = [key for key in needed if key not in factors]
+    if absent:
+        return None, [f"{path} has no {absent[0]}"]
+    if len(factors) > len(needed):
+        return None, [f"{path} has a lora_magnitude_vector, and the config no use_dora"]
+    a, b, magnitude = (*(factors[key] for key in needed), None)[:3]
     r = pattern_value(config["rank_pattern"], path, config["r"])
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or len(a) != r:
         shapes = f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}"
         return None, [f"{path}: rank {r} by the config, {shapes}"]
     alpha = pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
-    pair = Pair(a, b, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r)
+    if magnitude is not None and magnitude.shape != (len(b),):
+        return None, [f"{path}: lora_magnitude_vector is {tuple(magnitude.shape)}, not ({len(b)},)"]
+    pair = Pair(a, b, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r, magnitude)
     finite = pair.norm() <= LARGEST  # false for NaN too
     return pair, [] if finite else [f"{path}: scale {pair.scaling:g} makes delta W overflow"]
 
@@ -163,9 +173,12 @@ def fit(config, found, head, model):
         if shape != wanted:
             problems.append(f"{path}: delta W is {shape}, the layer is {wanted}")
             continue
-        for name, part in zip(weights, pair.lora_B.split(outs), strict=True):
-            if part.any() or len(outs) == 1:  # all of B, or the rows of q, k or v in c_attn
-                pairs[name] = Pair(pair.lora_A, part, pair.scaling)
+        whole = len(outs) == 1 or pair.magnitude is not None
+        magnitudes = [None] * len(outs) if pair.magnitude is None else pair.magnitude.split(outs)
+        parts = zip(weights, pair.lora_B.split(outs), magnitudes, strict=True)
+        for name, part, magnitude in parts:
+            if part.any() or whole:  # all of B, or the rows of q, k or v in c_attn
+                pairs[name] = Pair(pair.lora_A, part, pair.scaling, magnitude)
     parameters, more = fit_head(config, head, model)
     return pairs, parameters, problems + more
 
@@ -192,11 +205,14 @@ def read(folder, model):
 def put(model, pairs, head):
     """LoRALayers for the pairs, and the head, into a model that has no adapters; in place."""
     for name, pair in pairs.items():
-        layer = lora.LoRALayer(*lora.base_of(model, name), r=1, generator=torch.Generator())
+        kind = lora.LoRALayer if pair.magnitude is None else DoRA
+        layer = kind(*lora.base_of(model, name), r=1, generator=torch.Generator())
         layer.r, layer.scaling = pair.r, pair.scaling  # any rank, also above min(in, out)
         layer.lora_alpha = pair.scaling * pair.r
         layer.lora_A = torch.nn.Parameter(pair.lora_A.clone())  # (r, in)
         layer.lora_B = torch.nn.Parameter(pair.lora_B.clone())  # (out, r)
+        if pair.magnitude is not None:
+            layer.lora_magnitude = torch.nn.Parameter(pair.magnitude.clone())  # (out,)
         lora.put(model, name, layer)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

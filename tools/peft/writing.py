@@ -3,6 +3,8 @@
     ours                       PEFT (full paths: relative to the HF model)
     layers.0.q_proj.lora_A     base_model.model.<full path>.lora_A.weight       (r, in)
     layers.0.q_proj.lora_B     base_model.model.<full path>.lora_B.weight       (out, r)
+    layers.0.q_proj.lora_magnitude
+                               ….lora_magnitude_vector, and use_dora                        (out,)
     scaling                    lora_alpha / r, by module: alpha_pattern / rank_pattern
     classifier, pooler, score  base_model.model.<HF path>.weight, and modules_to_save
 
@@ -38,19 +40,29 @@ HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it 
 
 @dataclasses.dataclass
 class Pair:
-    """delta W = scaling * B A; A (r, in), B (out, r)."""
+    """delta W = scaling * B A; A (r, in), B (out, r).
+
+    With a magnitude (out,) it is DoRA: of the weight W + scaling * B A each row is divided by its
+    norm, and multiplied by that.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
 
     @property
     def r(self):
         return len(self.lora_A)
 
+    def count(self):
+        """Numbers that it holds."""
+        magnitude = 0 if self.magnitude is None else self.magnitude.numel()
+        return self.lora_A.numel() + self.lora_B.numel() + magnitude
+
     def folded(self):
         """The same with scaling 1, B carrying it."""
-        return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)
+        return Pair(self.lora_A, self.scaling * self.lora_B, 1.0, self.magnitude)
 
     def norm(self):
         """||scaling B A||_F without the (out, in) matrix: ||B A||^2 = tr(B^T B A A^T)."""
@@ -88,16 +100,19 @@ def read_run(folder):
             f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
         )
     tensors, about = adapter_file.read(path, flags["shortcut_norm"])
-    kinds = {a["kind"] for a in about.values() if "kind" in a}
+    kinds = {a["kind"] for a in about.values() if "kind" in a} - {"dora"}
     if kinds:
         raise ValueError(f"{path} holds {', '.join(kinds)}: its modules add no matrix to a weight")
     on = {name: a["scaling"] for name, a in about.items() if a["enabled"]}
-    absent = [
-        f"{n}.{key}" for n in on for key in ("lora_A", "lora_B") if f"{n}.{key}" not in tensors
-    ]
+    needed = [f"{n}.{key}" for n in on for key in ("lora_A", "lora_B")]
+    needed += [f"{n}.lora_magnitude" for n in on if "kind" in about[n]]
+    absent = [name for name in needed if name not in tensors]
     if absent:
         raise ValueError(f"{path} has no {', '.join(absent)}")
-    pairs = {n: Pair(tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], s) for n, s in on.items()}
+    pairs = {}
+    for name, scaling in on.items():
+        factors = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+        pairs[name] = Pair(*factors, scaling, tensors.get(f"{name}.lora_magnitude"))
     for name, pair in pairs.items():
         shapes = pair.lora_A.shape, pair.lora_B.shape
         if any(len(s) != 2 for s in shapes) or shapes[0][0] != shapes[1][1]:
@@ -126,7 +141,11 @@ def without_shortcuts(pairs, drop):
 
 
 def fuse_gpt2(pairs):
-    """q, k, v of a layer as one pair on c_attn: A stacked, B block-diagonal; {module: Pair}."""
+    """q, k, v of a layer as one pair on c_attn: A stacked, B block-diagonal; {module: Pair}.
+
+    Raises:
+        ValueError: DoRA on one or two of them: the rows of the others have no magnitude here.
+    """
     fused = {
         n: p for n, p in pairs.items() if n.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj")
     }
@@ -141,7 +160,14 @@ def fuse_gpt2(pairs):
             if part:
                 lora_B[row * d : (row + 1) * d, column : column + part.r] = part.folded().lora_B
                 column += part.r
-        fused[f"layers.{i}.q_proj"] = Pair(lora_A, lora_B, 1.0)  # its HF path is c_attn's
+        magnitudes = [p.magnitude for p in there if p.magnitude is not None]
+        if magnitudes and len(magnitudes) < 3:
+            raise ValueError(
+                "GPT-2 has q, k and v in one matrix, and DoRA the norm of each of its rows: train "
+                "with q_proj, k_proj and v_proj all on"
+            )
+        magnitude = torch.cat(magnitudes) if magnitudes else None  # (3 d,)
+        fused[f"layers.{i}.q_proj"] = Pair(lora_A, lora_B, 1.0, magnitude)  # its HF path: c_attn
     return fused
 
 
@@ -153,7 +179,8 @@ def padded(pairs):
         a, b = pair.lora_A, pair.folded().lora_B
         more = largest - pair.r
         lora_A = torch.cat([a, a.new_zeros(more, a.shape[1])])  # (largest, in)
-        result[name] = Pair(lora_A, torch.cat([b, b.new_zeros(len(b), more)], 1), 1.0)
+        lora_B = torch.cat([b, b.new_zeros(len(b), more)], 1)  # (out, largest)
+        result[name] = Pair(lora_A, lora_B, 1.0, pair.magnitude)
     return result
 
 
@@ -167,11 +194,17 @@ def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropou
         task_type: "SEQ_CLS" or "CAUSAL_LM". dropout: lora_dropout, as trained.
 
     Raises:
-        ValueError: no pair.
+        ValueError: no pair; or DoRA beside pairs that are not.
     """
     pairs = {n: p for n, p in pairs.items() if p.r}
     if not pairs:
         raise ValueError("no LoRA module is on: PEFT has no adapter without one")
+    dora = {n for n, p in pairs.items() if p.magnitude is not None}
+    if dora and dora != set(pairs):
+        raise ValueError(
+            "PEFT's use_dora is of all modules, and shortcuts are plain LoRA: train DoRA with "
+            "--shortcuts none"
+        )
     pairs = fuse_gpt2(pairs) if family == "gpt2" else pairs
     pairs = padded(pairs) if pad else pairs
     paths = {full_path(family, name): pair for name, pair in pairs.items()}
@@ -195,11 +228,13 @@ def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropou
         "target_modules": sorted(paths),
         "task_type": task_type,
         "use_rslora": False,
-    }
+    } | ({"use_dora": True} if dora else {})
     tensors = {}
     for path, pair in paths.items():
         tensors[f"{ROOT}{path}.lora_A.weight"] = pair.lora_A
         tensors[f"{ROOT}{path}.lora_B.weight"] = pair.lora_B
+        if pair.magnitude is not None:
+            tensors[f"{ROOT}{path}.lora_magnitude_vector"] = pair.magnitude
     for name, tensor in head.items():
         module, _, kind = name.rpartition(".")
         tensors[f"{ROOT}{full_path(family, module)}.{kind}"] = tensor
