@@ -9,7 +9,10 @@ Three kinds, three small interfaces. To add one is a file and its line in METHOD
 
 An adapter has the arguments of LoRALayer and overrides what differs: forward, delta_w (what it adds
 to the weight), factors (the tensors that train), pair (what it exports as). Where modules share
-something, its static method connect(layers, seed) is called once, when all are in their places.
+something, its static method connect(layers, seed) is called once, before they are put in their
+places. Of a shared factor each of its modules has the parameter itself in factors(): it is stored,
+stepped and counted once. A branch that is no matrix on x says why in `unmergeable`, and one that
+takes from other blocks' inputs has `every_token`.
 
 single_ranks.py is HeteroLoRA's own: --per-rank yes.
 

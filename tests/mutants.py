@@ -210,6 +210,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ("tools/oracle.py", "largest = expected.abs().max().item() or 1.0", "largest = 1e6", "errors look small", f"{ORACLE}::test_errors_between_results"),
     # ------------------------------------------------- relatives: tied, condlora, cora, reslora
+    ("lora.py", "        if layer.unmergeable:\n", "        if False:\n", "a branch that is no matrix is half merged", f"{ADAPTERS2}::test_what_is_no_matrix_is_not_merged"),
+    ("lora.py", "            about[name][\"kind\"] = layer.kind\n", "            pass\n", "reslora is stored as if it were LoRA", f"{ADAPTERS2}::test_the_adapter_file_loads_with_equal_logits"),
+    ("relatives/reslora.py", "    pre = 1\n", "    pre = 2\n", "reslora_input adds two inputs", f"{ADAPTERS2}::test_logits_equal_the_definition"),
     ("relatives/tied.py", "self.lora_v[:, None] * self.lora_B\n", "self.lora_B\n", "tied without v", f"{ADAPTERS2}::test_logits_equal_the_definition"),
     ("relatives/tied.py", "for first, *others in by_place(layers):", "for first, *others in [list(layers.values())]:", "tied: one pair for q, k and v", f"{ADAPTERS2}::test_tied_and_condlora_share_over_blocks_and_not_over_places"),
     ("relatives/tied.py", "layer.lora_A, layer.lora_B = first.lora_A, first.lora_B", "layer.lora_A.data, layer.lora_B.data = first.lora_A.data, first.lora_B.data", "tied: equal at the start, and not one parameter", f"{ADAPTERS2}::test_counts_are_exact"),
