@@ -28,6 +28,7 @@ LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
 PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.py"
 DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
 WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
+RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
@@ -258,6 +259,29 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("lora.py", "if merged or self.locked:", "if merged != self.locked:", "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
     ("lora.py", "        self._enabled = bool(on)\n", "", "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
     ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
+    # ------------------------------------------------------- dora, asymmetry, lora_xs, sbora, prolora
+    ("relatives/dora.py", "self.scaling * (B @ A)).norm(dim=1)  # (out,)", "self.scaling * (B @ A)).norm(dim=0).new_ones(len(B))  # (out,)", "DoRA does not divide by the norm", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "        with torch.no_grad():\n            # ||V||", "        with torch.enable_grad():\n            # ||V||", "DoRA's norm gets a gradient", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "norm = (self.weight() + self.scaling * (B @ A)).norm", "norm = self.weight().norm", "the norm is of W alone", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "magnitude = base.weight.detach().norm(dim=1)", "magnitude = base.weight.detach().square().sum(1)", "the magnitude starts at the norm squared", f"{RELATIVES1}::test_at_the_start_the_model_is_the_pretrained_one"),
+    ("relatives/dora.py", "wx = h if self.base.bias is None else h - self.base.bias", "wx = h", "the bias is scaled as well", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "wx = F.linear(x, self.base.weight)  # (b, t, out)", "wx = h - self.base.bias", "the base term without dropout", f"{RELATIVES1}::test_dora_dropout_is_on_all_that_is_added"),
+    ("relatives/dora.py", "return self.weight_before_merge if self.merged else self.base.weight", "return self.base.weight", "delta_w of the merged weight", f"{RELATIVES1}::test_merged_it_computes_the_same_and_comes_back_bit_for_bit"),
+    ("relatives/asymmetry.py", "A = q.T.contiguous().to(self.lora_A)", "A = self.lora_A.detach()", "A as LoRA draws it", f"{RELATIVES1}::test_asymmetry_is_a_linear_model_in_b"),
+    ("relatives/asymmetry.py", 'return {"lora_B": self.lora_B}', 'return {"lora_A": self.lora_A, "lora_B": self.lora_B}', "A trains too", f"{RELATIVES1}::test_parameters_are_counted_exactly"),
+    ("relatives/lora_xs.py", "S[:r, None] * Vh[:r]", "Vh[:r]", "A without the singular values", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/lora_xs.py", "return (U * sign).to(weight), (A * sign.T).to(weight)", "return U.to(weight), A.to(weight)", "the signs of the SVD as they come", f"{RELATIVES1}::test_lora_xs_is_the_best_approximation_at_r_identity"),
+    ("relatives/lora_xs.py", "self.lora_B @ R  #", "self.lora_B @ R.T  #", "R transposed", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/lora_xs.py", "DEVIATION = 1e-5", "DEVIATION = 1e-5**0.5", "1e-5 taken for a variance", f"{RELATIVES1}::test_lora_xs_start_has_the_deviation_of_the_paper"),
+    ("relatives/sbora.py", "torch.randperm(n, generator=generator)[:r]", "torch.randint(n, (r,), generator=generator)", "indices that repeat", f"{RELATIVES1}::test_sbora_gather_equals_the_product_with_the_identity"),
+    ("relatives/sbora.py", "F.linear(h[..., self.lora_index], self.scaling * B)", "F.linear(h[..., : self.r], self.scaling * B)", "the first r inputs", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/sbora.py", "index_add(-1, self.lora_index,", "index_copy(-1, self.lora_index,", "the outputs S replaced, not added to", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/sbora.py", "F.linear(h, self.scaling * A))", "F.linear(h, A))", "FB without the scale", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/prolora.py", "chunk.roll(-j * shift, 0)", "chunk.roll(-j * shift, 1)", "rolled along the features", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/prolora.py", "chunk.roll(-j * shift, 0)", "chunk.roll(j * shift, 0)", "rolled the other way", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/prolora.py", "shift = max(1, len(chunk) // x)", "shift = 0", "no rotation", f"{RELATIVES1}::test_prolora_blocks_depend_on_the_rotation_alone"),
+    ("relatives/prolora.py", "self.lora_A_shared = nn.Parameter(A[:shared, : n_in // x_A].clone())", "self.lora_A_shared = nn.Parameter(A[:shared, : n_in // x_A].clone() * x_A**0.5)", "drawn by the chunk's fan-in", f"{RELATIVES1}::test_prolora_bound_is_rectified_and_its_plain_cases_are_lora"),
+    ("lora.py", '            about[name]["kind"] = layer.kind\n', "            pass\n", "the file does not say that it is DoRA", f"{RELATIVES1}::test_an_adapter_file_loads_as_plain_lora_where_that_is_equal"),
 ]
 # fmt: on
 

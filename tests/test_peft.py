@@ -155,7 +155,7 @@ def test_a_field_of_the_config_is_checked_before_anything_is_built(
 
 
 def test_fields_that_may_change_the_function_are_refused_unless_empty(folder):
-    for field in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "new_in_1.0"):
+    for field in ("lora_bias", "layer_replication", "target_parameters", "new_in_1.0"):
         for value in (False, None, [], {}):
             change_config(folder, **{field: value})
             assert commands.inspect(folder)[1]
