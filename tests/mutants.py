@@ -32,6 +32,7 @@ RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
+ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 SECONDS = 300  # for the tests of one mutant
 
@@ -209,6 +210,29 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
     ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ('tools/oracle/check.py', 'largest = expected.abs().max().item() or 1.0', 'largest = 1e6', "errors look small", f"{ORACLE}::test_errors_between_results"),
+    # ------------------------------------------------- relatives: tied, condlora, cora, reslora
+    ("lora.py", "        if layer.unmergeable:\n", "        if False:\n", "a branch that is no matrix is half merged", f"{ADAPTERS2}::test_what_is_no_matrix_is_not_merged"),
+    ("lora.py", "            about[name][\"kind\"] = layer.kind\n", "            pass\n", "reslora is stored as if it were LoRA", f"{ADAPTERS2}::test_the_adapter_file_loads_with_equal_logits"),
+    ("relatives/reslora.py", "    pre = 1\n", "    pre = 2\n", "reslora_input adds two inputs", f"{ADAPTERS2}::test_logits_equal_the_definition"),
+    ("relatives/tied.py", "self.lora_v[:, None] * self.lora_B\n", "self.lora_B\n", "tied without v", f"{ADAPTERS2}::test_logits_equal_the_definition"),
+    ("relatives/tied.py", "for first, *others in by_place(layers):", "for first, *others in [list(layers.values())]:", "tied: one pair for q, k and v", f"{ADAPTERS2}::test_tied_and_condlora_share_over_blocks_and_not_over_places"),
+    ("relatives/tied.py", "layer.lora_A, layer.lora_B = first.lora_A, first.lora_B", "layer.lora_A.data, layer.lora_B.data = first.lora_A.data, first.lora_B.data", "tied: equal at the start, and not one parameter", f"{ADAPTERS2}::test_counts_are_exact"),
+    ("relatives/condlora.py", "F.linear(self.lora_A, W)", "self.lora_A @ W", "condlora: A from the columns of W", f"{ADAPTERS2}::test_logits_equal_the_definition"),
+    ("relatives/condlora.py", "self.base.weight.detach()", "self.base.weight", "condlora: a gradient through W in A and B", f"{ADAPTERS2}::test_condlora_gradients_are_sums_and_pass_w_by"),
+    ("relatives/condlora.py", "self.weight_before_merge if self.merged else", "", "condlora: A and B from the merged weight", f"{ADAPTERS2}::test_merge_is_exact_and_unmerge_gives_the_bits"),
+    ("relatives/cora.py", "full_matrices=False)[0]", "full_matrices=False)[2].T[: len(weights[0])]", "cora: right singular vectors", f"{ADAPTERS2}::test_cora_takes_b_from_the_common_subspace"),
+    ("relatives/cora.py", "[w.double() for w in weights]", "[w.double() for w in weights[:1]]", "cora: the subspace of W_q alone", f"{ADAPTERS2}::test_cora_takes_b_from_the_common_subspace"),
+    ("relatives/cora.py", "self.lora_A.zero_()", "pass", "cora: A drawn, so that it starts elsewhere", f"{ADAPTERS2}::test_starts_as_the_pretrained_model"),
+    ("relatives/cora.py", "        return self.lora_A  # (r, in)", "        return self.lora_B.T", "cora: B != 0 is taken for what was learned", f"{ADAPTERS2}::test_counts_are_exact"),
+    ("relatives/reslora.py", "self.before if a.in_forward)]", "self.before)]", "reslora: what is off stays with its neighbours", f"{ADAPTERS2}::test_off_means_off"),
+    ("relatives/reslora.py", "chain[max(0, n - layer.pre) : n][::-1]", "chain[:n][::-1]", "reslora: all blocks before, not pre of them", f"{ADAPTERS2}::test_predecessors_beyond_the_fourth_are_left_out"),
+    ("relatives/reslora.py", "        return x  # (b, t, in)", "        return x.detach()", "reslora_input: no gradient to the earlier input", f"{ADAPTERS2}::test_gradients_by_finite_differences"),
+    ("relatives/reslora.py", "        if not self.in_forward:\n            return None\n", "", "reslora_middle: what is off goes on to its neighbours", f"{ADAPTERS2}::test_off_means_off"),
+    ("relatives/reslora.py", "        if last:\n            self.passed.clear()", "        if False:\n            self.passed.clear()", "reslora: the graph outlives the pass", f"{ADAPTERS2}::test_a_deep_copy_shares_within_itself_alone"),
+    ("relatives/reslora.py", "    every_token = True\n", "", "reslora: the last block at one position", f"{ADAPTERS2}::test_logits_equal_the_definition"),
+    ("proxies.py", "once = {id(p): (a", "once = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
+    ("lora.py", "            if id(factor) not in seen:\n", "            if True:\n", "what is shared trains once for each module", f"{ADAPTERS2}::test_counts_are_exact"),
+    ("train.py", "args.budget_params, spent)", "args.budget_params)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
     ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
     ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
