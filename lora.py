@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Transformer
 from support import adapter_file, seeds
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -301,13 +300,14 @@ def adapters(model):
     Raises:
         ValueError: not a model.Transformer.
     """
-    if not isinstance(model, Transformer):
+    blocks = getattr(model, "layers", [None])
+    if not all(hasattr(block, place) for block in blocks for place in LINEARS + RESIDUALS + CROSS):
         raise ValueError(
             f"the model is a {type(model).__name__}, expected a model.Transformer, as "
             "load_pretrained gives it"
         )
     found = {}
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(blocks):
         for place in LINEARS + RESIDUALS + CROSS:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)

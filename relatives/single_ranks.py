@@ -46,6 +46,11 @@ def score_ranks(name, model, batches):
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
     refuse_unscorable(model, batches)
+    return part_scores(name, model, batches)
+
+
+def part_scores(name, model, batches):
+    """score_ranks without its door, for any model that factor_gradients takes."""
     scores = {}
     for module, ((A, a), (B, b)) in factor_gradients(model, batches).items():
         if name == "grad_norm":
@@ -182,11 +187,14 @@ class RankSteps:
             for name, layer in self.layers.items()
         }
 
-    def adamw(self, lr, weight_decay):
-        """AdamW over the parts and the head, in a fixed order."""
+    def parameters(self):
+        """What an optimizer is built on: the parts, then the head; in a fixed order."""
         pairs = [pair for parts in self.parts.values() for pair in parts]
-        parameters = [*(p for pair in pairs for p in pair), *self.rest]
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return [*(p for pair in pairs for p in pair), *self.rest]
+
+    def adamw(self, lr, weight_decay):
+        """AdamW over parameters()."""
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def on(self):
         """(layer, k, row, column) of every part that is on."""

@@ -96,7 +96,9 @@ def pick_device(name):
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # before anything is put on it
-        torch.zeros(1, device=device).item()  # meta has shapes and no numbers
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it has shapes and no numbers")
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         raise ValueError(
             f"--device {shown(name)} cannot be used: {one_line(error, 150)}; try cpu"

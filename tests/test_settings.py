@@ -31,6 +31,8 @@ OTHER = {
     "shortcuts": ("--shortcuts cross", ""),
     "shortcut-alpha": ("--shortcut-alpha 1", ""),
     "shortcut-norm": ("--shortcut-norm reuse", ""),
+    "adapter": ("--adapter none_of_that_name", ""),
+    "optimizer": ("--optimizer none_of_that_name", ""),
     "lora-dropout": ("--lora-dropout 0.5", ""),
     "allocate": ("--allocate none", ""),
     "proxy": ("--proxy size", ""),
