@@ -232,6 +232,12 @@ def fill_up(values, weights, room, start):
 # ------------------------------------------------------------------------------- when, and what was
 
 
+def interval(every, steps_per_epoch):
+    """Steps between two decisions: ceil(every * steps_per_epoch), 1 at least."""
+    exact = round(every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
+    return max(1, math.ceil(exact))
+
+
 class Reallocator:
     """The schedule of allocations, their history, and the generator that breaks ties.
 
@@ -278,8 +284,7 @@ class Reallocator:
         """
         if self.mode == "static":
             return step == 0
-        exact = round(self.every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
-        return step_in_epoch % max(1, math.ceil(exact)) == 0
+        return step_in_epoch % interval(self.every, steps_per_epoch) == 0
 
     def choose(self, scores, step, epoch):
         """A decision from scores, put on record; returns the set of names that are on."""
@@ -306,13 +311,14 @@ class Reallocator:
 # --------------------------------------------------------------------------------------------- grid
 
 
-def grid(levels, costs, budget=None):
+def grid(levels, costs, budget=None, spent=None):
     """A decision as text: a row for each place, a column for each block; and what it spends.
 
     Args:
         levels: dict name -> share of the module that is on: 0 … 1 (on/off, or r_i / r).
         costs: dict name -> parameters when it is whole.
         budget: number of parameters, or None.
+        spent: number of parameters, where modules share some; None = the sum over what is on.
 
     Returns:
         str of several lines; · = off, ░ ▒ ▓ █ = up to 25, 50, 75, 100 % of the ranks, space = no
@@ -328,7 +334,8 @@ def grid(levels, costs, budget=None):
             " " if c is None else "·" if c == 0 else shade[math.ceil(4 * c)] for c in cells
         )
         lines.append(f"{place:>13} {text}")
-    spent = sum(round(costs[name] * level) for name, level in levels.items())
+    if spent is None:
+        spent = sum(round(costs[name] * level) for name, level in levels.items())
     total = sum(costs.values())
     on = sum(level > 0 for level in levels.values())
     if budget is not None and spent == total:

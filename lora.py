@@ -56,6 +56,10 @@ class LoRALayer(nn.Module):
         ValueError: r or lora_dropout out of range.
     """
 
+    kind = "lora"  # what its adapter file says; a kind of another name is stored as it is
+    unmergeable = ""  # where no matrix equals the branch: why
+    every_token = False  # whether it has to see all tokens, also in the last block
+
     def __init__(
         self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
     ):
@@ -143,6 +147,21 @@ class LoRALayer(nn.Module):
     def factors(self):
         """The tensors that train, by name; another module may share some of them."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def from_zero(self):
+        """The factor that starts at zero, (r, …): row k is zero until part k has learned."""
+        return self.lora_B.T  # (r, out)
+
+    @staticmethod
+    def connect(layers, seed):
+        """Make modules share what they share, once, before they are put in their places.
+
+        Args:
+            layers: dict name -> module on a target, all of this class. seed: int.
+
+        Raises:
+            ValueError: they cannot; LoRA's share nothing.
+        """
 
     def pair(self):
         """(A (R, in), B (out, R)) with ΔW = B A: what the module exports as, at scale 1."""
@@ -273,7 +292,8 @@ def inject(
             kind, alpha = (adapter, lora_alpha) if linear else (LoRALayer, shortcut_alpha)
             rng = seeds.generator(seed, f"lora_A/{name}")
             new[name] = kind(*base_of(model, name), r, alpha, lora_dropout, rng)
-    for name, layer in new.items():  # only now: a refused rank leaves the model as it was
+    adapter.connect({n: a for n, a in new.items() if n.rpartition(".")[2] in LINEARS}, seed)
+    for name, layer in new.items():  # only now: what is refused leaves the model as it was
         layer.when_off = when_off
         put(model, name, layer)
     return adapters(model)
@@ -381,7 +401,7 @@ def count_trainable(model, stored=False):
     for name, layer in adapters(model).items():
         ranks = set(range(layer.r)) - set(layer.ranks_off) if layer.enabled else set()
         if stored:
-            ranks |= {k for k in range(layer.r) if layer.lora_B[:, k].any()}
+            ranks |= {k for k in range(layer.r) if layer.from_zero()[k].any()}
         if ranks:
             own = [f for f in layer.factors().values() if id(f) not in seen and f.requires_grad]
             counts[name] = sum(f.numel() for f in own) * len(ranks) // layer.r
@@ -406,14 +426,16 @@ def merge(model):
         shortcut.
 
     Raises:
-        ValueError: already merged; or lora_dropout > 0 in train mode, where the branch is random
-            and no fixed weight equals it (call model.eval() first).
+        ValueError: already merged; a branch that no matrix equals; or lora_dropout > 0 in train
+            mode, where the branch is random (call model.eval() first).
     """
     layers = adapters(model)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model is merged already: call unmerge(model) before merging again")
     chosen = {n: a for n, a in layers.items() if a.in_forward and isinstance(a.base, nn.Linear)}
     for name, layer in chosen.items():
+        if layer.unmergeable:
+            raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
         if layer.lora_dropout and layer.training:
             raise ValueError(
                 f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"
@@ -452,6 +474,8 @@ def save_adapter(model, path, pairs=None):
     """Write all that was trained to one file (support/adapter_file.py), whole or not at all.
 
     Enabled in the file is what is in the forward pass, on or frozen; of single ranks, those in it.
+    A relative is stored as the pair that it comes to, pair() at scale 1, and loads as plain LoRA;
+    where there is no such pair, as it is, under its kind.
 
     Args:
         model: model.Transformer with adapters.
@@ -462,6 +486,15 @@ def save_adapter(model, path, pairs=None):
     tensors, about = trainable(model), {}
     for name, layer in adapters(model).items():
         about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.in_forward}
+        if layer.kind != "lora":
+            about[name]["kind"] = layer.kind
+        elif type(layer) is not LoRALayer:
+            for key in layer.factors():
+                tensors.pop(f"{name}.{key}", None)
+            A, B = layer.pair()
+            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+            about[name] |= {"r": len(A), "scaling": 1.0}
+            continue
         if layer.enabled and layer.ranks_off:
             A, B = layer.branch()
             tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
@@ -472,13 +505,14 @@ def save_adapter(model, path, pairs=None):
     adapter_file.write(path, tensors, about, model.config.shortcut_norm)
 
 
-def load_adapter(model, path):
+def load_adapter(model, path, adapter=LoRALayer):
     """Put a saved adapter into a freshly loaded model: modules, switches and head.
 
     Args:
         model: model.Transformer without adapters, as load_pretrained gives it, with as many labels
             as the run had.
         path: what save_adapter wrote, or a run folder.
+        adapter: the class of what the file holds under a kind of its own.
 
     Returns:
         adapters(model). All is frozen; call mark_trainable(model) to train on.
@@ -492,8 +526,13 @@ def load_adapter(model, path):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    bases = {}
+    bases, kinds = {}, {adapter.kind: adapter, "lora": LoRALayer}
     for name, a in about.items():
+        if a.setdefault("kind", "lora") not in kinds:
+            raise ValueError(
+                f"{path} holds {a['kind']}, which is no LoRA: give load_adapter the class, "
+                'relatives.METHODS["adapter"]'
+            )
         try:
             bases[name] = base_of(model, name)
         except AttributeError as error:
@@ -505,11 +544,14 @@ def load_adapter(model, path):
         if a["r"] == 0:  # Delta-LoRA, a module that never was on
             continue
         # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
-        layer = LoRALayer(*bases[name], 1, a["scaling"], generator=torch.Generator())
+        layer = kinds[a["kind"]](*bases[name], 1, a["scaling"], generator=torch.Generator())
         layer.lora_A = nn.Parameter(tensors[f"{name}.lora_A"].clone())  # (r, in)
         layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"].clone())  # (out, r)
         layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
         put(model, name, layer)
+    own = {n: layer for n, layer in adapters(model).items() if layer.kind != "lora"}
+    if own:
+        adapter.connect(own, 0)
     head = {name: p for name, p in trainable(model).items() if "lora_" not in name}
     with torch.no_grad():
         for name, parameter in head.items():

@@ -327,7 +327,8 @@ class Transformer(nn.Module):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
 
         The last block is computed only where the head reads it; every other block everywhere, since
-        all tokens are its successor's keys and values.
+        all tokens are its successor's keys and values. A module in it that adds what the block
+        before received has to see every token too.
         """
         key_mask = None
         if not mask.all():  # once, as numbers: attention would make them anew from bool each time
@@ -335,7 +336,10 @@ class Transformer(nn.Module):
         ffn_input = None
         for block in self.layers:
             last = block is self.layers[-1]
-            x, ffn_input = block(x, ffn_input, key_mask, read if last else None)
+            whole = any(getattr(m, "every_token", False) for m in block.children())
+            x, ffn_input = block(x, ffn_input, key_mask, read if last and not whole else None)
+        if read is not None and whole:
+            x = pick(x, read)  # (b, 1, d)
         if self.config.final_norm:
             x = self.final_norm(x)
         return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x

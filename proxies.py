@@ -313,7 +313,8 @@ def grasp(model, batches):
             loss = model(**batch).loss * (loss_terms(model, batch) / total)
             first = torch.autograd.grad(loss, factors, create_graph=True)
             # H g = d (g . dL/dtheta) / dtheta, with g held constant
-            inner = sum((a * b).sum() for a, b in zip(first, g, strict=True))
+            once = {id(p): (a * b).sum() for p, a, b in zip(factors, first, g, strict=True)}
+            inner = sum(once.values())  # what modules share is in it once
             second = torch.autograd.grad(inner, factors)
             hg = [a + b for a, b in zip(hg, second, strict=True)]
         hg = distributed.sum_tensors(hg)
@@ -334,6 +335,9 @@ def fisher(model, batches):
     """
     count = sum(len(batch["labels"]) for batch in batches)
     with scoring(model) as layers:
+        for name, layer in layers.items():
+            if "lora_A" not in layer.factors():
+                raise ValueError(f"fisher needs a lora_A that trains: {name} has none")
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
         for batch in distributed.share(batches):

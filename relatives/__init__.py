@@ -20,14 +20,27 @@ What this package does not do: import transformers or PEFT, or need a line of it
 from lora import LoRALayer
 from relatives.adalora import AdaLoRA
 from relatives.alora import ALoRA
+from relatives.condlora import CondLoRA
+from relatives.cora import CoRA, CoRATrained
 from relatives.lora_plus import lora_plus
 from relatives.lora_pro import lora_pro
 from relatives.lora_rite import lora_rite
 from relatives.plain import adamw
+from relatives.reslora import ResLoRABlock, ResLoRAInput, ResLoRAMiddle
 from relatives.riemannian import riemannian
+from relatives.tied import TiedLoRA
 
 METHODS = {  # kind -> name -> method
-    "adapter": {"lora": LoRALayer},
+    "adapter": {
+        "lora": LoRALayer,
+        "tied": TiedLoRA,
+        "condlora": CondLoRA,
+        "cora": CoRA,
+        "cora_trained": CoRATrained,
+        "reslora_input": ResLoRAInput,
+        "reslora_block": ResLoRABlock,
+        "reslora_middle": ResLoRAMiddle,
+    },
     "optimizer": {
         "adamw": adamw,
         "loraplus": lora_plus,
@@ -37,26 +50,63 @@ METHODS = {  # kind -> name -> method
     },
     "allocator": {"adalora": AdaLoRA, "alora": ALoRA},
 }
+KINDS = {"adapter": "adapter", "optimizer": "optimizer", "allocate": "allocator"}  # flag -> kind
+NEUTRAL = (None, 0, "no", "none", "lora", "adamw")  # values of flags that ask for nothing
 
-OF_B_A = "its steps are made for B A, and the module is B diag(E) A"
-OF_RANKS = "each rank has moments of its own, which AdamW alone keeps"
+
+def no_rule(reason):
+    """Of an adapter: the optimizer rules that are made for a pair do not go with it."""
+    return {f"--optimizer {rule}": reason for rule in ("riemannian", "lora_pro", "lora_rite")}
+
+
+SHARED = {
+    "--budget-params": "its modules share A and B: a single one has no price; use --keep",
+    "--per-rank yes": "its modules share A and B: a rank cannot be on in one and off in another",
+    "--when-off frozen": "what is off would move: A and B, which it shares, train on in the others",
+    "--proxy fisher": "A is shared, so that a channel has one score for all blocks",
+}
+IN_NEIGHBOURS = "what is off would move: the pairs of earlier blocks, which it adds, train on"
+PLAIN = "Delta-LoRA is made for a pair of which one module trains both factors"
+NO_PAIR = no_rule("the rule is made for a pair A, B of which one module trains both factors")
+FROZEN_B = "B is frozen, and it is B's rate that the rule is about"
 INCOMPATIBLE = {  # method -> flag (other than its default), or flag and value -> why not
+    "tied": {**SHARED, **NO_PAIR, "--delta-ratio": PLAIN},
+    "condlora": {
+        **SHARED,
+        **NO_PAIR,
+        "--optimizer loraplus": "B is made from W, and it is B's rate that the rule is about",
+        "--delta-ratio": "A and B are made from W, which has to stand still",
+    },
+    "cora": {
+        **NO_PAIR,
+        "--optimizer loraplus": FROZEN_B,
+        "--delta-ratio": PLAIN,
+        "--per-rank yes": "B is frozen, and the same for q, k and v: no rank has a column to train",
+    },
+    "reslora_input": {"--delta-ratio": "the change of B A is no gradient of W on x alone"},
+    "reslora_block": {
+        "--delta-ratio": "a pair stands in several modules, and would move several weights",
+        "--when-off frozen": IN_NEIGHBOURS,
+    },
+    "reslora_middle": {
+        **no_rule("the rule is made for a product B A, and here A meets the B of other blocks"),
+        "--delta-ratio": "the change of B A is no gradient of W on x alone",
+        "--per-rank yes": "rank k of a block's A goes through rank k of its neighbours' B",
+        "--when-off frozen": IN_NEIGHBOURS,
+    },
     "lora_rite": {"--per-rank yes": "its moments are made for r ranks, and ranks would go"},
     "adalora": {
+        **no_rule("the rule is made for a product B A, and the module is B diag(E) A"),
         "--adapter": "it brings an adapter of its own, B diag(E) A",
-        "--optimizer riemannian": OF_B_A,
-        "--optimizer lora_pro": OF_B_A,
-        "--optimizer lora_rite": OF_B_A,
         "--delta-ratio": "Delta-LoRA is made for B A: W would move by what the masks take out",
     },
     "alora": {
         "--adapter": "it brings an adapter of its own, with places for ranks that grow",
-        "--optimizer": OF_RANKS,
+        "--optimizer": "each rank has moments of its own, which AdamW alone keeps",
         "--delta-ratio": "W would move by what is pruned and drawn anew, which nothing has learned",
     },
 }
-KINDS = {"adapter": "adapter", "optimizer": "optimizer", "allocate": "allocator"}  # flag -> kind
-NEUTRAL = (None, 0, "no", "none", "lora", "adamw")
+NOT_LINEAR_IN_R = ("tied",)  # parameters: there is no equal budget with r times those of rank 1
 
 
 def refuse_incompatible(args):
@@ -65,13 +115,15 @@ def refuse_incompatible(args):
     Args:
         args: dict flag (with _ for -) -> value.
     """
-    for kind in KINDS:
-        method = args[kind]
-        if method in METHODS[KINDS[kind]] and method not in NEUTRAL and not args["targets"]:
-            raise ValueError(f"--{kind} {method} needs --targets: it is about linear layers")
+    for flag, kind in KINDS.items():
+        method = args[flag]
+        if method in NEUTRAL or method not in METHODS[kind]:
+            continue
+        if not args["targets"] and (kind != "optimizer" or args["shortcuts"] == "none"):
+            raise ValueError(f"--{flag} {method} needs --targets: it is about linear layers")
         for feature, reason in INCOMPATIBLE.get(method, {}).items():
-            flag, _, value = feature.partition(" ")
-            got = args[flag[2:].replace("-", "_")]
+            other, _, value = feature.partition(" ")
+            got = args[other[2:].replace("-", "_")]
             if got == value if value else got not in NEUTRAL:
-                what = feature if value else f"{flag} {got}"
-                raise ValueError(f"--{kind} {method} does not go with {what}: {reason}")
+                what = f"{other} {got}"
+                raise ValueError(f"--{flag} {method} does not go with {what}: {reason}")

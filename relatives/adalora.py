@@ -52,6 +52,9 @@ class AdaLoRALayer(LoRALayer):
     def factors(self):
         return {"lora_A": self.lora_A, "lora_E": self.lora_E, "lora_B": self.lora_B}
 
+    def from_zero(self):
+        return self.lora_E  # (r, 1)
+
     def pair(self):
         """(A, B) with E in A, of the ranks that have one: what the module exports as."""
         A, B = super().pair()

@@ -158,8 +158,8 @@ def shrink_to(model, parameters):
         parameters: dict name -> tensor, as lora.trainable names them.
     """
     for name, layer in lora.adapters(model).items():
-        stored = parameters.get(f"{name}.lora_A", layer.lora_A)
-        if len(stored) < layer.r:
+        stored = parameters.get(f"{name}.lora_A")
+        if stored is not None and len(stored) < layer.r:
             layer.keep_ranks(list(range(len(stored))))
 
 

@@ -1,10 +1,11 @@
 """adapter.safetensors: what a run trained, in one file.
 
     tensors     lora_A (r, in) and lora_B (out, r) of every module, and the head, under our names
-    metadata    "adapters": {module: {"r", "scaling", "enabled"}}; "shortcut_norm", where it is not
-                "none"
+    metadata    "adapters": {module: {"r", "scaling", "enabled"}}, with "kind" where it is no LoRA
+                pair but stored as it is; "shortcut_norm", where it is not "none"
 
-The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on.
+The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on. One
+of kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
 Enabled is what is in the forward pass: on, or off and frozen.
 
 What this file does not do: other formats (tools/peft).
@@ -69,7 +70,7 @@ def read(path, shortcut_norm):
         about = json.loads(metadata["adapters"])
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no adapter of this program: {shown(error)}") from error
-    wrong = misfit(about, ABOUT, "adapters")
+    wrong = misfit(without_kinds(about), ABOUT, "adapters")
     if wrong:
         raise ValueError(f"{path} is no adapter of this program: {wrong}")
     norm = metadata.get("shortcut_norm", "none")
@@ -79,6 +80,16 @@ def read(path, shortcut_norm):
             f"{shortcut_norm!r}"
         )
     return tensors, about
+
+
+def without_kinds(about):
+    """The same without "kind" where that is a word: a pair, plain LoRA, has none."""
+    if not isinstance(about, dict) or not all(isinstance(a, dict) for a in about.values()):
+        return about
+    pairs = {}
+    for name, a in about.items():
+        pairs[name] = {k: v for k, v in a.items() if k != "kind" or not isinstance(v, str)}
+    return pairs
 
 
 def refuse_misfit(path, tensors, expected):

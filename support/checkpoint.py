@@ -5,10 +5,11 @@
 
     key             | content
     parameters      | every lora_A and lora_B, on or off, and the head
-    optimizer       | AdamW's moments and step counts
+    optimizer       | moments and step counts
     on, ranks_off   | which modules are on, and which of their rank-one parts are off
     plan            | decisions so far, and the generator of the ties
     delta           | Delta-LoRA: t, the stretches, and the moved weights themselves
+    allocator       | a relative that allocates ranks: its scores, masks, step count
     position        | epoch, step_in_epoch, step
     metrics         | last, best, seconds
     generators      | where dropout's generators stand, of every process
@@ -79,12 +80,21 @@ def random_bytes(value):
     return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1
 
 
+def form_like(value):
+    """A form: what has the keys, shapes and dtypes of a value (a state before the first step)."""
+    if isinstance(value, dict):
+        return {key: form_like(v) for key, v in value.items()}
+    if not torch.is_tensor(value):
+        return count if type(value) is int else type(value)
+    return generator_state if value.dtype == torch.uint8 else tensor(value.shape, value.dtype)
+
+
 ANY = tensor()
 DECISION = {"step": count, "epoch": count, "scores": dict, "on": dict}
 FORM = {  # of every checkpoint
     "parameters": {str: ANY},
     "optimizer": {
-        "state": {int: {"step": ANY, "exp_avg": ANY, "exp_avg_sq": ANY}},
+        "state": {int: {str: ANY}},
         "param_groups": [dict],
     },
     "on": {str: bool},
@@ -98,6 +108,7 @@ FORM = {  # of every checkpoint
             "weights": {str: ANY},
         }
     ),
+    "allocator": Maybe(dict),
     "position": {"epoch": count, "step_in_epoch": count, "step": count},
     "metrics": {
         "best": Maybe({str: finite}),
@@ -129,18 +140,23 @@ def form_of(state, like, parts=None):
         shape = p.shape if r is None else (r, p.shape[1]) if key == "lora_A" else (p.shape[0], r)
         shapes[name] = tensor(shape, p.dtype)
     step, seen = tensor((), torch.float32), state["optimizer"]["state"]
-    stepped = [tensor(p.shape, p.dtype) for p in parts] if parts else shapes.values()
+    groups, own = like["optimizer"]["param_groups"], like["optimizer"]["state"]
+    order = [name for group in groups for name in group.get("param_names", ())] or list(shapes)
+    stepped = [tensor(p.shape, p.dtype) for p in parts] if parts else [shapes[n] for n in order]
     moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in stepped]
+    # what an optimizer has from the start has the form that it has there
+    moments = [form_like(own[i]) if i in own else form for i, form in enumerate(moments)]
     form = FORM | {
         "parameters": shapes,
         "optimizer": {
             "state": {i: form for i, form in enumerate(moments) if i in seen},
-            "param_groups": groups_like(like["optimizer"]["param_groups"]),
+            "param_groups": groups_like(groups),
         },
         "on": dict.fromkeys(like["on"], bool),
         "ranks_off": {name: [count] for name in like["on"]},
         "plan": like["plan"] and FORM["plan"].form,
         "delta": like["delta"] and FORM["delta"].form,
+        "allocator": form_like(like["allocator"]) if like["allocator"] else None,
     }
     if like["delta"] and state["delta"]:
         ended, weights = like["delta"]["ended"], like["delta"]["weights"]
@@ -155,8 +171,8 @@ def form_of(state, like, parts=None):
     return form
 
 
-def capture(model, optimizer, plan, delta):
-    """The part of a checkpoint that is about weights and decisions; plan and delta may be None."""
+def capture(model, optimizer, plan, delta, allocator=None):
+    """The part of a checkpoint that is about weights and decisions; what a run lacks is None."""
     return {
         "parameters": {name: p.detach() for name, p in lora.trainable(model).items()},
         "optimizer": optimizer.state_dict(),
@@ -164,6 +180,7 @@ def capture(model, optimizer, plan, delta):
         "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
+        "allocator": allocator.state() if allocator else None,
     }
 
 
@@ -173,8 +190,8 @@ def random_state(device):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore(state, model, optimizer, plan, delta, device, seed):
-    """Put back what capture and random_state took; plan and delta may be None.
+def restore(state, model, optimizer, plan, delta, device, seed, allocator=None):
+    """Put back what capture and random_state took; plan, delta and allocator may be None.
 
     A process that was not there when the checkpoint was written gets dropout's generators from
     (seed, step, rank).
@@ -198,6 +215,8 @@ def restore(state, model, optimizer, plan, delta, device, seed):
         plan.load(state["plan"])
     if delta:
         delta.load(state["delta"])
+    if allocator:
+        allocator.load(state["allocator"])
     optimizer.load_state_dict(state["optimizer"])
     before, now, rank = len(state["generators"]), distributed.world(), distributed.rank()
     if rank < before:

@@ -16,7 +16,7 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import METHODS
+from relatives import METHODS, NOT_LINEAR_IN_R
 from support import glue, run_folder
 from support.errors import shown
 from support.settings import refuse_conflicts
@@ -112,9 +112,10 @@ FLAGS = {  # name: (type, default, help)
     ),
     "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
     "allocate": (
-        one_of("none", "static", "dynamic"),
+        one_of("none", "static", "dynamic", *METHODS["allocator"]),
         "dynamic",
-        "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way",
+        "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way; "
+        f"or a method that allocates ranks: {', '.join(METHODS['allocator'])}",
     ),
     "proxy": (
         one_of(*proxies.PROXIES, *allocate.BASELINES),
@@ -122,7 +123,11 @@ FLAGS = {  # name: (type, default, help)
         f"what a module is scored by: {', '.join(proxies.PROXIES)}; or a baseline: "
         f"{', '.join(allocate.BASELINES)}",
     ),
-    "keep": (number(float, 0, 1), 0.5, "budget as the fraction of modules that stay on"),
+    "keep": (
+        number(float, 0, 1),
+        0.5,
+        "budget as the fraction of modules that stay on (adalora: of ranks)",
+    ),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
     "per-rank": (
         one_of("yes", "no"),
@@ -311,12 +316,15 @@ def describe(args):
     places = [place for place in (",".join(args.targets), shortcuts) if place]
     if not places:
         return "head alone"
-    name = f"LoRA r={args.r} on {' + '.join(places)}"
+    method = "LoRA" if args.adapter == "lora" else args.adapter
+    name = f"{method} r={args.r} on {' + '.join(places)}"
     if args.delta_ratio:
         lazy = ", lazy" if args.delta_lazy == "yes" else ""
         name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
     if args.allocate == "none":
         return name
+    if args.allocate in METHODS["allocator"]:
+        return f"{args.allocate}{f' keep {args.keep:g}' * (args.allocate == 'adalora')}: {name}"
     budget = (
         f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
     )
@@ -333,8 +341,11 @@ def equal_budget_control(args, spent, costs):
         spent: int, its adapter parameters. costs: dict module -> parameters at rank args.r.
 
     Returns:
-        (command, parameters), or None where not even rank 1 everywhere fits.
+        (command, parameters), or None where not even rank 1 everywhere fits, or where the cost is
+        not r times that of rank 1.
     """
+    if args.adapter in NOT_LINEAR_IN_R:
+        return None
     one = sum(costs.values()) // args.r  # rank 1 everywhere
     r = spent // one
     if r == 0:

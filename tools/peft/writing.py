@@ -88,6 +88,9 @@ def read_run(folder):
             f"{folder} has no adapter.safetensors: finish the run (train.py --resume {folder})"
         )
     tensors, about = adapter_file.read(path, flags["shortcut_norm"])
+    kinds = {a["kind"] for a in about.values() if "kind" in a}
+    if kinds:
+        raise ValueError(f"{path} holds {', '.join(kinds)}: its modules add no matrix to a weight")
     on = {name: a["scaling"] for name, a in about.items() if a["enabled"]}
     absent = [
         f"{n}.{key}" for n in on for key in ("lora_A", "lora_B") if f"{n}.{key}" not in tensors

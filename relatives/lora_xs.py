@@ -1,0 +1,71 @@
+"""LoRA-XS: an r x r matrix between frozen singular vectors of W (arXiv 2405.17604, section 3).
+
+    name   | symbol     | shape
+    lora_B | U_r        | (out, r)  the r first left singular vectors of W; frozen
+    lora_A | S_r V_r^T  | (r, in)   the r first right ones, times the singular values; frozen
+    lora_R | R          | (r, r)    N(0, 1e-5), the deviation; all that trains
+
+W = U S V^T. With R = I and scaling 1 the branch is the best approximation of W of rank r
+(Eckart-Young). R does not start at zero: the gradient of R is there either way, as released.
+
+So three things differ from LoRA. The start is the base only up to 1e-5 * scaling * ||A||. What is
+off has a R that is not zero, so it counts as stored. And the parameters are r * r, whatever W is.
+
+deviates: the released training code computes the SVD of W^T in float32, older versions an
+approximate one. Here it is exact, in float64, and each column of U_r has its largest entry
+positive, so that R means the same on another machine. A draw and W give all of it again: a
+checkpoint holds R alone.
+
+What this file does not do: singular vectors of anything but W; W of rank below r, which is refused.
+"""
+
+import torch
+from torch import nn
+
+from lora import LoRALayer
+
+DEVIATION = 1e-5  # of the entries of R at the start
+
+
+def singular_pair(weight, r):
+    """(U_r (out, r), S_r V_r^T (r, in)) of a weight (out, in), in its dtype.
+
+    Raises:
+        ValueError: the weight has fewer than r singular values that are not zero.
+    """
+    # W = U S V^T
+    U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    rank = int((S > S[0] * max(weight.shape) * torch.finfo(weight.dtype).eps).sum())
+    if r > rank:
+        raise ValueError(f"r is {r}, and a weight has rank {rank}: LoRA-XS needs r up to that")
+    U, A = U[:, :r], S[:r, None] * Vh[:r]  # (out, r), (r, in)
+    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # (1, r)
+    return (U * sign).to(weight), (A * sign.T).to(weight)
+
+
+class LoRAXS(LoRALayer):
+    """LoRALayer whose pair is frozen, with a trained lora_R between.
+
+    Args: as LoRALayer; base is an nn.Linear.
+
+    Raises:
+        ValueError: as LoRALayer; r above the rank of the weight.
+    """
+
+    stored_as = "pair"
+
+    def __init__(self, base, in_features, out_features, r=8, *args, generator=None, **kwargs):
+        *args, generator = args if len(args) == 3 else (*args, generator)
+        super().__init__(base, in_features, out_features, r, *args, generator=generator, **kwargs)
+        B, A = singular_pair(base.weight, r)
+        self.lora_A = nn.Parameter(A, requires_grad=False)  # (r, in)
+        self.lora_B = nn.Parameter(B, requires_grad=False)  # (out, r)
+        R = DEVIATION * torch.randn(r, r, generator=generator)  # (r, r)
+        self.lora_R = nn.Parameter(R.to(base.weight))
+
+    def factors(self):
+        return {"lora_R": self.lora_R}
+
+    def matrices(self):
+        # ΔW = scaling * U_r R S_r V_r^T
+        return self.lora_A, self.lora_B @ self.lora_R  # (r, in), (out, r)

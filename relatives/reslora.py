@@ -1,0 +1,109 @@
+"""ResLoRA: a module's branch also takes from the same place in the blocks before.
+
+Shi et al.: ResLoRA, Identity Residual Mapping in Low-Rank Adaption (arXiv 2402.18039). Parameters
+are LoRA's, r (m + n) a module. Here n counts blocks; k goes back to the first, PRE blocks at most.
+
+    --adapter       | branch of the module in block n                       | merges
+    reslora_input   | s B_n A_n (x_n + x_{n-1})                             | no
+    reslora_block   | sum_{k = 0 … PRE} s B_{n-k} A_{n-k} x_n               | exactly
+    reslora_middle  | s B_n (A_n x_n + sum_{k = 1 … PRE} A_{n-k} x_{n-k})   | no
+
+    name     | symbol           | shape
+    before   |                  | list of the modules that n takes from, the nearest first
+    passed   | x_k, or A_k x_k  | list of (b, t, in) or (b, t, r), of this forward pass so far; None
+             |                  | where the module is off (middle)
+
+In block 0, with nothing before it, all three are LoRA. x_n depends on the example, so input and
+middle add no fixed matrix to W: merge() and a PEFT file are refused, and the adapter file holds A
+and B under the method's own kind.
+
+Off: the module computes base(x) alone, and its pair is gone from its neighbours' branches too, so
+that it has no gradient anywhere. What it received is still passed on by reslora_input: an input is
+no part of a branch. A score made from factors counts a pair wherever it stands.
+
+deviates: block 0 of reslora_input has no x_{n-1}, the published code takes x_0 twice there; the
+same code's merge of input and middle by ratios of norms, which is not exact, is not done.
+
+What this file does not do: several pairs a module, which the published code adds over time.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from lora import LoRALayer
+from relatives.tied import by_place
+
+PRE = 4  # the paper's runs on GLUE
+
+
+class ResLoRABlock(LoRALayer):
+    """Its pair, and those of the blocks before, all on its own input."""
+
+    before = ()
+
+    @classmethod
+    def connect(cls, layers, seed):
+        for chain in by_place(layers):
+            passed = []
+            for n, layer in enumerate(chain):
+                layer.before = chain[max(0, n - PRE) : n][::-1]
+                layer.passed, layer.last = passed, n == len(chain) - 1
+
+    def branch(self):
+        # sum_k B_{n-k} A_{n-k} = [B_n, B_{n-1}, …] [A_n; A_{n-1}; …]
+        pairs = [super().branch(), *(LoRALayer.branch(a) for a in self.before if a.in_forward)]
+        A, B = zip(*pairs, strict=True)
+        return torch.cat(A), torch.cat(B, 1)  # (R, in), (out, R)
+
+
+class ResLoRAInput(ResLoRABlock):
+    """Its pair, on the sum of its input and the input of the block before."""
+
+    kind = "reslora_input"
+    every_token = True
+    branch = LoRALayer.branch
+
+    @property
+    def unmergeable(self):
+        return f"{self.kind} adds what earlier blocks received, and no matrix on x alone does that"
+
+    def forward(self, x):
+        """(…, in) -> (…, out); to be called block by block, as a Transformer does."""
+        if not self.before:
+            self.passed.clear()  # of a forward pass that did not come to its end
+        h, handed = self.base(x), self.hand_on(x)
+        if self.in_forward:
+            h = h + F.linear(self.thin(handed), self.scaling * self.branch()[1])  # (b, t, out)
+        self.passed.append(handed)
+        if self.last:
+            self.passed.clear()  # the graph is not held longer than the pass
+        return h
+
+    def hand_on(self, x):
+        return x
+
+    def thin(self, x):
+        # A_n (x_n + x_{n-1})
+        x = x + self.passed[-1] if self.passed else x
+        return F.linear(F.dropout(x, self.lora_dropout, self.training), self.branch()[0])
+
+    def delta_w(self):
+        """Raises ValueError: there is none."""
+        raise ValueError(self.unmergeable)
+
+    pair = delta_w
+
+
+class ResLoRAMiddle(ResLoRAInput):
+    """Its pair, with what the A of the blocks before made of their inputs added in the middle."""
+
+    kind = "reslora_middle"
+
+    def hand_on(self, x):
+        if not self.in_forward:
+            return None
+        return F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)  # (b, t, r)
+
+    def thin(self, handed):
+        # A_n x_n + sum_{k = 1 … PRE} A_{n-k} x_{n-k}
+        return sum((h for h in self.passed[-PRE:] if h is not None), handed)  # (b, t, r)
