@@ -107,7 +107,7 @@ def make_optimizer(model, args, ranks=None):
 
 
 def around_steps(run):
-    """What an allocator may ask for, by name: the schedule, the data and the optimizer's moments."""
+    """What an allocator may ask for, by name: the schedule, the data, the optimizer's moments."""
     args, per_epoch = run.args, len(epoch_steps(run, 0)) if run.train else 1
     return {
         "steps": per_epoch * args.epochs,

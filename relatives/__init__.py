@@ -5,8 +5,8 @@ Three kinds, three small interfaces. To add one is a file and its line in METHOD
     kind       | what METHODS names
     adapter    | a LoRALayer of another form, which lora.inject puts on the targets
     optimizer  | a function (model, lr, weight_decay) -> torch.optim.Optimizer
-    allocator  | a class with before_step() and after_step() around the optimizer's step, state() and
-               | load() for the checkpoint, and the adapter that it allocates the ranks of
+    allocator  | a class with before_step() and after_step() around the optimizer's step, state()
+               | and load() for the checkpoint, and the adapter whose ranks it allocates
 
 An adapter has the arguments of LoRALayer and overrides what differs: forward, delta_w (what it adds
 to the weight), factors (the tensors that train), pair (what it exports as). Where modules share
@@ -18,16 +18,13 @@ What this package does not do: import transformers or PEFT, or need a line of it
 """
 
 from lora import LoRALayer
+from relatives import lora_plus, lora_pro, lora_rite, riemannian
 from relatives.adalora import AdaLoRA
 from relatives.alora import ALoRA
 from relatives.condlora import CondLoRA
 from relatives.cora import CoRA, CoRATrained
-from relatives.lora_plus import lora_plus
-from relatives.lora_pro import lora_pro
-from relatives.lora_rite import lora_rite
 from relatives.plain import adamw
 from relatives.reslora import ResLoRABlock, ResLoRAInput, ResLoRAMiddle
-from relatives.riemannian import riemannian
 from relatives.tied import TiedLoRA
 
 METHODS = {  # kind -> name -> method
@@ -43,10 +40,10 @@ METHODS = {  # kind -> name -> method
     },
     "optimizer": {
         "adamw": adamw,
-        "loraplus": lora_plus,
-        "riemannian": riemannian,
-        "lora_pro": lora_pro,
-        "lora_rite": lora_rite,
+        "loraplus": lora_plus.optimizer,
+        "riemannian": riemannian.optimizer,
+        "lora_pro": lora_pro.optimizer,
+        "lora_rite": lora_rite.optimizer,
     },
     "allocator": {"adalora": AdaLoRA, "alora": ALoRA},
 }

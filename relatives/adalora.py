@@ -132,7 +132,7 @@ class AdaLoRA:
         """The mask, where it is due."""
         self.t += 1
         last = self.steps - self.final
-        if self.warmup < self.t < last and self.t % self.interval == 0 or self.t == last:
+        if (self.warmup < self.t < last and self.t % self.interval == 0) or self.t == last:
             b = budget(self.t, self.total, self.target, self.warmup, self.final, self.steps)
             scores = torch.cat(list(self.scores().values()))  # (total,)
             best = scores.argsort(descending=True, stable=True)[:b]  # of equals the first ones

@@ -36,9 +36,8 @@ class ALoRALayer(LoRALayer):
         self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
     ):
         places = min(2 * r, max(r, min(in_features, out_features)))
-        super().__init__(
-            base, in_features, out_features, places, lora_alpha * places / r, lora_dropout, generator
-        )
+        alpha = lora_alpha * places / r
+        super().__init__(base, in_features, out_features, places, alpha, lora_dropout, generator)
         self.ranks_off = list(range(r, places))
 
 

@@ -1,4 +1,4 @@
-"""What LoRA can express: for deep linear nets the best there is (arXiv 2310.17513, Theorem 3 there).
+"""What LoRA can express: of deep linear nets, all that its ranks allow (arXiv 2310.17513).
 
     E = W' - W_L … W_1                what the frozen net lacks of a target W'
     min || W' - (W_L + B_L A_L) … (W_1 + B_1 A_1) ||  =  sigma_{R + 1}(E),      R = r_1 + … + r_L

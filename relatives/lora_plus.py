@@ -20,7 +20,7 @@ import torch
 import lora
 
 
-def lora_plus(model, lr, weight_decay, ratio=16):
+def optimizer(model, lr, weight_decay, ratio=16):
     """AdamW in two groups.
 
     Args:

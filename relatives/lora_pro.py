@@ -68,6 +68,6 @@ def nearest(A, B, grad_A, grad_B, scaling):
     return (new_A + X @ A).to(dtype), (new_B - B @ X).to(dtype)
 
 
-def lora_pro(model, lr, weight_decay):
+def optimizer(model, lr, weight_decay):
     """AdamW on the nearest gradients; arguments as in plain.adamw."""
     return OtherGradients(model, lr, weight_decay, nearest)

@@ -114,6 +114,6 @@ class LoRARite(torch.optim.AdamW):
         super().step()
 
 
-def lora_rite(model, lr, weight_decay):
+def optimizer(model, lr, weight_decay):
     """LoRA-RITE; arguments as in plain.adamw."""
     return LoRARite(model, lr, weight_decay)

@@ -36,6 +36,6 @@ def precondition(A, B, grad_A, grad_B, scaling, delta=1e-2):
     return new_A, new_B
 
 
-def riemannian(model, lr, weight_decay):
+def optimizer(model, lr, weight_decay):
     """AdamW on the preconditioned gradients; arguments as in plain.adamw."""
     return OtherGradients(model, lr, weight_decay, precondition)
