@@ -265,7 +265,7 @@ def test_rite_with_fewer_tokens_than_r(dtype):
     assert loss < 0
 
 
-# ----------------------------------------------------------------------------- (R A, B R^-1), and off
+# --------------------------------------------------------------------------- (R A, B R^-1), and off
 
 
 def plain_descent(model, transform):
