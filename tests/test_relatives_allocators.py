@@ -384,7 +384,16 @@ def test_a_run_of_alora(flags, tmp_path):
 
 FEWER = {  # flags: ALoRA goes over every rank twice in each round, after steps 5, 7 and 9
     "adalora": ["--shortcuts", "residual"],
-    "alora": "--shortcuts residual --targets q_proj --every 0.4 --score-batches 1".split(),
+    "alora": [
+        "--shortcuts",
+        "residual",
+        "--targets",
+        "q_proj",
+        "--every",
+        "0.4",
+        "--score-batches",
+        "1",
+    ],
 }
 
 
