@@ -59,5 +59,8 @@ class OtherGradients(torch.optim.AdamW):
         """One step; a module that is off has no gradients, and stays as it is."""
         for A, B, scaling in self.pairs:
             if A.grad is not None:
-                A.grad, B.grad = self.rule(A, B, A.grad, B.grad, scaling)
+                new_A, new_B = self.rule(A, B, A.grad, B.grad, scaling)
+                # copied: the fused kernel reads memory in the order of A, whatever the strides
+                A.grad.copy_(new_A)
+                B.grad.copy_(new_B)
         super().step()

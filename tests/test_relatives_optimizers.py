@@ -170,6 +170,31 @@ def test_lora_pro_counts_each_modules_steps_from_one():
     assert (late.lora_B - before).abs().median().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["riemannian", "lora_pro"])
+def test_adamw_takes_the_gradients_that_the_rule_makes(rule):
+    """Three steps against Adam's own formulas, entry by entry, on the gradients made anew."""
+    make = {"riemannian": riemannian.precondition, "lora_pro": lora_pro.nearest}[rule]
+    m = adapted()
+    optimizer = METHODS["optimizer"][rule](m, 1e-2, 0.3)
+    copies = {n: p.detach().clone() for n, p in lora.trainable(m).items() if "lora_" in n}
+    first, second = ({n: 0 * p for n, p in copies.items()} for _ in range(2))
+    for t in (1, 2, 3):
+        m(**tiny.batch(m.config, seed=t)).loss.backward()
+        for name, layer in lora.adapters(m).items():
+            pair = [f"{name}.lora_A", f"{name}.lora_B"]
+            grads = [layer.lora_A.grad, layer.lora_B.grad]
+            made = make(*(copies[n] for n in pair), *grads, layer.scaling)
+            for n, g in zip(pair, made, strict=True):
+                first[n] = 0.9 * first[n] + 0.1 * g
+                second[n] = 0.999 * second[n] + 0.001 * g * g
+                root = (second[n] / (1 - 0.999**t)).sqrt() + 1e-8
+                copies[n] = (1 - 3e-3) * copies[n] - 1e-2 * first[n] / (1 - 0.9**t) / root
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, expected in copies.items():
+        torch.testing.assert_close(lora.trainable(m)[name].detach(), expected, rtol=0, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------- LoRA-RITE
 
 
