@@ -232,6 +232,12 @@ def fill_up(values, weights, room, start):
 # ------------------------------------------------------------------------------- when, and what was
 
 
+def interval(every, steps_per_epoch):
+    """Steps between two decisions: ceil(every * steps_per_epoch), 1 at least."""
+    exact = round(every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
+    return max(1, math.ceil(exact))
+
+
 class Reallocator:
     """The schedule of allocations, their history, and the generator that breaks ties.
 
@@ -278,8 +284,7 @@ class Reallocator:
         """
         if self.mode == "static":
             return step == 0
-        exact = round(self.every * steps_per_epoch, 9)  # 0.07 * 100 is 7.000000000000001
-        return step_in_epoch % max(1, math.ceil(exact)) == 0
+        return step_in_epoch % interval(self.every, steps_per_epoch) == 0
 
     def choose(self, scores, step, epoch):
         """A decision from scores, put on record; returns the set of names that are on."""

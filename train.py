@@ -64,6 +64,7 @@ def set_up(args):
     if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
     shortcuts = lora.SHORTCUTS[args.shortcuts]
+    allocator = METHODS["allocator"].get(args.allocate)
     if args.targets or shortcuts:
         lora.inject(
             model,
@@ -75,24 +76,26 @@ def set_up(args):
             shortcut_alpha=args.shortcut_alpha,
             seed=args.seed,
             when_off=args.when_off,
-            adapter=METHODS["adapter"][args.adapter],
+            adapter=allocator.adapter if allocator else METHODS["adapter"][args.adapter],
         )
     lora.mark_trainable(model)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
+    dynamic_ranks = dynamic_ranks or (allocator and allocator.single_ranks)
     ranks = single_ranks.RankSteps(model) if dynamic_ranks else None
     optimizer = make_optimizer(model, args, ranks)
     run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
-    if args.allocate != "none":
+    if args.allocate in ("static", "dynamic"):
         run.plan, run.proxy = make_plan(model, args), args.proxy
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
         if args.delta_start is None:
             args.delta_start = 0 if args.eval_only else len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
-    run.around = [x for x in (run.delta, run.ranks) if x]
+    run.allocator = allocator(model, **around_steps(run)) if allocator else None
+    run.around = [x for x in (run.delta, run.allocator, run.ranks) if x]
     return run
 
 
@@ -101,6 +104,21 @@ def make_optimizer(model, args, ranks=None):
     if ranks:
         return ranks.adamw(args.lr, args.weight_decay)
     return METHODS["optimizer"][args.optimizer](model, args.lr, args.weight_decay)
+
+
+def around_steps(run):
+    """What an allocator may ask for, by name: the schedule, the data, the optimizer's moments."""
+    args, per_epoch = run.args, len(epoch_steps(run, 0)) if run.train else 1
+    return {
+        "steps": per_epoch * args.epochs,
+        "per_epoch": per_epoch,
+        "interval": allocate.interval(args.every, per_epoch),
+        "keep": args.keep,
+        "batches": lambda: score_batches(run),
+        "generator": seeds.generator(args.seed, "allocation"),
+        "parts": run.ranks and run.ranks.parts,
+        "forget": lambda parameter: run.optimizer.state.pop(parameter, None),
+    }
 
 
 def make_plan(model, args):
@@ -324,7 +342,7 @@ def resume(run, data):
     other = run_folder.other_data(folder, data)
     if other and not args.eval_only:
         raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
-    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta)
+    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta, run.allocator)
     stored, note = checkpoint.read_last(folder, like)
     run.notes += filter(None, (other, note))
     if not stored:

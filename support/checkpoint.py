@@ -5,10 +5,11 @@
 
     key             | content
     parameters      | every lora_A and lora_B, on or off, and the head
-    optimizer       | AdamW's moments and step counts
+    optimizer       | moments and step counts
     on, ranks_off   | which modules are on, and which of their rank-one parts are off
     plan            | decisions so far, and the generator of the ties
     delta           | Delta-LoRA: t, the stretches, and the moved weights themselves
+    allocator       | a relative that allocates ranks: its scores, masks, step count
     position        | epoch, step_in_epoch, step
     metrics         | last, best, seconds
     generators      | where dropout's generators stand, of every process
@@ -79,6 +80,15 @@ def random_bytes(value):
     return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1
 
 
+def form_like(value):
+    """A form: what has the keys, shapes and dtypes of a value (a state before the first step)."""
+    if isinstance(value, dict):
+        return {key: form_like(v) for key, v in value.items()}
+    if not torch.is_tensor(value):
+        return count if type(value) is int else type(value)
+    return generator_state if value.dtype == torch.uint8 else tensor(value.shape, value.dtype)
+
+
 ANY = tensor()
 DECISION = {"step": count, "epoch": count, "scores": dict, "on": dict}
 FORM = {  # of every checkpoint
@@ -98,6 +108,7 @@ FORM = {  # of every checkpoint
             "weights": {str: ANY},
         }
     ),
+    "allocator": Maybe(dict),
     "position": {"epoch": count, "step_in_epoch": count, "step": count},
     "metrics": {
         "best": Maybe({str: finite}),
@@ -136,6 +147,8 @@ def form_of(state, like):
     stepped = [shapes[p] if type(p) is str else tensor(p.shape, p.dtype) for p in like["stepped"]]
     moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in stepped]
     moments = moments if like["adamw"] else [finite_state] * len(stepped)
+    own = like["optimizer"]["state"]  # what an optimizer has from the start keeps its form
+    moments = [form_like(own[i]) if i in own else form for i, form in enumerate(moments)]
     form = FORM | {
         "parameters": shapes,
         "optimizer": {
@@ -146,6 +159,7 @@ def form_of(state, like):
         "ranks_off": {name: [count] for name in like["on"]},
         "plan": like["plan"] and FORM["plan"].form,
         "delta": like["delta"] and FORM["delta"].form,
+        "allocator": form_like(like["allocator"]) if like["allocator"] else None,
     }
     if like["delta"] and state["delta"]:
         ended, weights = like["delta"]["ended"], like["delta"]["weights"]
@@ -160,8 +174,8 @@ def form_of(state, like):
     return form
 
 
-def capture(model, optimizer, plan, delta):
-    """The part of a checkpoint that is about weights and decisions; plan and delta may be None."""
+def capture(model, optimizer, plan, delta, allocator=None):
+    """The part of a checkpoint that is about weights and decisions; what a run lacks is None."""
     return {
         "parameters": {name: p.detach() for name, p in lora.trainable(model).items()},
         "optimizer": optimizer.state_dict(),
@@ -169,15 +183,16 @@ def capture(model, optimizer, plan, delta):
         "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
+        "allocator": allocator.state() if allocator else None,
     }
 
 
-def expected(model, optimizer, plan, delta):
+def expected(model, optimizer, plan, delta, allocator=None):
     """What a checkpoint has to be like to fit a run that was set up: for form_of."""
     names = {id(p): name for name, p in lora.trainable(model).items()}
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        **capture(model, optimizer, plan, delta),
+        **capture(model, optimizer, plan, delta, allocator),
         "adamw": type(optimizer) is torch.optim.AdamW,
         # a name of trainable, or the tensor itself: single ranks that go on and off
         "stepped": [names.get(id(p), p.detach()) for p in stepped],
@@ -190,8 +205,8 @@ def random_state(device):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore(state, model, optimizer, plan, delta, device, seed):
-    """Put back what capture and random_state took; plan and delta may be None.
+def restore(state, model, optimizer, plan, delta, device, seed, allocator=None):
+    """Put back what capture and random_state took; plan, delta and allocator may be None.
 
     A process that was not there when the checkpoint was written gets dropout's generators from
     (seed, step, rank).
@@ -215,6 +230,8 @@ def restore(state, model, optimizer, plan, delta, device, seed):
         plan.load(state["plan"])
     if delta:
         delta.load(state["delta"])
+    if allocator:
+        allocator.load(state["allocator"])
     optimizer.load_state_dict(state["optimizer"])
     before, now, rank = len(state["generators"]), distributed.world(), distributed.rank()
     if rank < before:

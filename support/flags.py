@@ -112,9 +112,10 @@ FLAGS = {  # name: (type, default, help)
     ),
     "lora-dropout": (number(float, 0, 1, True), 0.0, "dropout on the input of the low-rank branch"),
     "allocate": (
-        one_of("none", "static", "dynamic"),
+        one_of("none", "static", "dynamic", *METHODS["allocator"]),
         "dynamic",
-        "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way",
+        "which modules are on: none = all; static = chosen once; dynamic = chosen anew on the way; "
+        f"or a method that allocates ranks: {', '.join(METHODS['allocator'])}",
     ),
     "proxy": (
         one_of(*proxies.PROXIES, *allocate.BASELINES),
@@ -122,7 +123,11 @@ FLAGS = {  # name: (type, default, help)
         f"what a module is scored by: {', '.join(proxies.PROXIES)}; or a baseline: "
         f"{', '.join(allocate.BASELINES)}",
     ),
-    "keep": (number(float, 0, 1), 0.5, "budget as the fraction of modules that stay on"),
+    "keep": (
+        number(float, 0, 1),
+        0.5,
+        "budget as the fraction of modules that stay on (adalora: of ranks)",
+    ),
     "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
     "per-rank": (
         one_of("yes", "no"),
@@ -318,6 +323,8 @@ def describe(args):
         name = f"Delta-LoRA lambda={args.delta_ratio:g} K={args.delta_start}{lazy}: {name}"
     if args.allocate == "none":
         return name
+    if args.allocate in METHODS["allocator"]:
+        return f"{args.allocate}{f' keep {args.keep:g}' * (args.allocate == 'adalora')}: {name}"
     budget = (
         f"keep {args.keep}" if args.budget_params is None else f"{args.budget_params:,} parameters"
     )

@@ -40,6 +40,7 @@ class Run:
     proxy: str = ""  # what the plan's scores come from
     plan: allocate.Reallocator | None = None
     delta: DeltaLoRA | None = None
+    allocator: object = None  # of ranks, a relative: METHODS["allocator"]
     ranks: single_ranks.RankSteps | None = None  # single ranks that go on and off
     around: list = dataclasses.field(default_factory=list)  # before_step, after_step; outer first
     folder: Path | None = None
@@ -76,7 +77,8 @@ def save(run):
     """Write a checkpoint; every process calls this, the first one writes."""
     generators = distributed.gather(checkpoint.random_state(run.device))
     if distributed.rank() == 0:
-        state = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
+        parts = (run.model, run.optimizer, run.plan, run.delta, run.allocator)
+        state = checkpoint.capture(*parts)
         state |= {key: {f: getattr(run, f) for f in fields} for key, fields in PROGRESS.items()}
         lines = len(run_folder.read_log(run.folder))
         checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
@@ -107,7 +109,7 @@ def restore(run, state, seed):
         ValueError: it is the checkpoint of a run with other flags.
     """
     parts = (run.model, run.optimizer, run.plan, run.delta)
-    note = checkpoint.restore(state, *parts, run.device, seed)
+    note = checkpoint.restore(state, *parts, run.device, seed, run.allocator)
     for name, value in {**state["position"], **state["metrics"]}.items():
         setattr(run, name, value)
     return note

@@ -53,14 +53,21 @@ def refuse_conflicts(given, args):
 
 def needs(a):
     """(flags, whether the run has what they are about, what that is): useless without it."""
-    allocates, shortcuts = a.allocate != "none", a.shortcuts != "none"
+    allocates, shortcuts = a.allocate in ("static", "dynamic"), a.shortcuts != "none"
     modules = a.targets or shortcuts
     reads_data = a.proxy not in (*allocate.BASELINES, *proxies.WITHOUT_DATA)
-    allocation = "keep budget_params per_rank when_off every score_batches proxy ranking"
+    allocation = "--allocate static or dynamic: nothing is allocated"
     return (
-        (allocation, allocates, "--allocate static or dynamic: nothing is allocated"),
-        ("every", a.allocate == "dynamic", "--allocate dynamic: a static choice is made once"),
-        ("score_batches", reads_data, f"a --proxy that reads batches: {a.proxy} does not"),
+        ("keep", allocates or a.allocate == "adalora", allocation),
+        ("every", a.allocate != "none", allocation),
+        ("score_batches", allocates or a.allocate == "alora", allocation),
+        ("budget_params per_rank when_off proxy ranking", allocates, allocation),
+        ("every", a.allocate != "static", "--allocate dynamic: a static choice is made once"),
+        (
+            "score_batches",
+            reads_data or not allocates,
+            f"a --proxy that reads batches: {a.proxy} does not",
+        ),
         ("ranking", a.budget_params is None, "--keep: --budget-params knows one ranking alone"),
         ("ranking", a.targets and shortcuts, "both --targets and --shortcuts: one kind has one"),
         ("r", modules, "--targets or --shortcuts: no module has it"),
@@ -92,6 +99,11 @@ def contradictions(a):
         (
             a.when_off == "frozen" and a.allocate != "dynamic",
             "--when-off frozen needs --allocate dynamic: else nothing that has learned goes off",
+        ),
+        (
+            a.per_rank == "yes" and a.allocate == "dynamic" and a.optimizer != "adamw",
+            f"--optimizer {a.optimizer} does not go with single ranks that go on and off: each has "
+            "moments of its own, which AdamW alone keeps",
         ),
         (a.targets and a.lora_alpha == 0, f"--lora-alpha {no_branch}"),
         (a.shortcuts != "none" and a.shortcut_alpha == 0, f"--shortcut-alpha {no_branch}"),

@@ -201,6 +201,7 @@ def checkpoint_state():
             "ended": {"m": [(a, b, 1), (a, b, -1)]},
             "weights": {"m": torch.randn(4, 5, generator=rng)},
         },
+        "allocator": None,
         "position": {"epoch": 0, "step_in_epoch": 2, "step": 2},
         "metrics": {"best": None, "last": None, "seconds": 0.5, "score_seconds": 0.0},
         "generators": [{"cpu": rng.get_state(), "cuda": None}],

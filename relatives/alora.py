@@ -1,0 +1,160 @@
+"""ALoRA: ranks move between modules, under a constant budget (arXiv 2403.16187, Algorithm 1).
+
+    ΔW = alpha / r * B diag(a) A,      gates a of 0 or 1
+    IS(k) = S(M) - S(M without k) + S(M with k alone),      S = -loss
+
+After the first epoch, and then every `interval` steps, ROUNDS times in all: of all ranks the n that
+matter least are pruned, and n new ones (A Gaussian, B zero) are given to the modules that lost
+none, one each in the order of their mean importance, until all are given. n is the number of
+modules. So there are r times the modules at all times.
+
+    name      | symbol | meaning
+    ranks_off | a = 0  | of a module (lora.py): no part in the forward pass, no step, no decay
+    places    |        | a module has 2 r of them, r gates are open at first
+    forget    |        | drops the optimizer's moments: a new rank starts without any
+
+deviates: importance is measured on the first examples of the training set (--score-batches), where
+the paper takes a batch for validation: no choice looks at those. A module holds 2 r ranks at most;
+where the modules that lost none have less room than n, fewer are pruned. No code was published.
+
+What this file does not do: weigh what a rank costs, in + out: it counts as 1.
+"""
+
+import torch
+
+import lora
+from lora import LoRALayer
+from support import distributed
+
+ROUNDS = 8
+
+
+class ALoRALayer(LoRALayer):
+    """A LoRALayer with 2 r places, half of them off, at the scale of r."""
+
+    def __init__(
+        self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
+    ):
+        places = min(2 * r, max(r, min(in_features, out_features)))
+        alpha = lora_alpha * places / r
+        super().__init__(base, in_features, out_features, places, alpha, lora_dropout, generator)
+        self.ranks_off = list(range(r, places))
+
+
+def exchange(importance, places, on):
+    """The rule of one round.
+
+    Args:
+        importance: dict (module, k) -> float, of every rank that is on.
+        places: dict module -> how many ranks it can hold. on: dict module -> how many it holds.
+
+    Returns:
+        (pruned, grown): list of (module, k), and dict module -> how many new ranks; as many.
+    """
+    worst = sorted(importance, key=importance.get)[: len(places)]
+    losers = {name for name, _ in worst}
+    means = {}
+    for name in places.keys() - losers:
+        own = [value for (module, _), value in importance.items() if module == name]
+        means[name] = sum(own) / len(own) if own else 0.0
+    winners = sorted(sorted(means), key=means.get, reverse=True)
+    grown, left = dict.fromkeys(winners, 0), len(worst)
+    while left and any(on[n] + grown[n] < places[n] for n in winners):
+        for name in winners:
+            if left and on[name] + grown[name] < places[name]:
+                grown[name] += 1
+                left -= 1
+    return worst[: len(worst) - left], grown
+
+
+class ALoRA:
+    """The gates, after the optimizer's step.
+
+    Args:
+        model: model.Transformer whose targets have ALoRALayer.
+        steps, per_epoch: int, of the run and of an epoch. interval: int, steps between two rounds.
+        batches: function () -> list of batches that importance is measured on.
+        generator: torch.Generator, of new ranks.
+        parts: dict module -> [(row of A, column of B)], what the optimizer steps (single_ranks.py).
+        forget: function (parameter), drops its moments.
+        rest: what other allocators take.
+
+    Raises:
+        ValueError: the run ends before the first round.
+    """
+
+    adapter, single_ranks = ALoRALayer, True
+
+    def __init__(
+        self, model, *, steps, per_epoch, interval, batches, generator, parts, forget, **rest
+    ):
+        if steps <= per_epoch:
+            raise ValueError("--allocate alora moves ranks after the first epoch: give --epochs 2")
+        self.model, self.layers = model, lora.adapters(model)
+        self.per_epoch, self.interval, self.t = per_epoch, interval, 0
+        self.batches, self.generator, self.parts, self.forget = batches, generator, parts, forget
+
+    def before_step(self):
+        """Nothing: a round is after a step."""
+
+    def after_step(self):
+        """One round, where it is due."""
+        self.t += 1
+        since = self.t - self.per_epoch
+        if since >= 0 and since % self.interval == 0 and since // self.interval < ROUNDS:
+            self.round()
+
+    @torch.no_grad()
+    def loss(self, batches):
+        """Mean loss in eval mode."""
+        total = sum(len(batch["labels"]) for batch in batches)
+        return sum(self.model(**b).loss.item() * len(b["labels"]) / total for b in batches)
+
+    def importance(self):
+        """dict (module, k) -> IS(k), of every rank that is on; all gates are left as they were."""
+        batches, training = list(self.batches()), self.model.training
+        gates = {name: layer.ranks_off for name, layer in self.layers.items()}
+        ranks = [(n, k) for n, a in self.layers.items() for k in range(a.r) if k not in gates[n]]
+        self.model.eval()
+        whole, found = self.loss(batches), {}
+        for name, k in ranks:
+            layer = self.layers[name]
+            layer.ranks_off = [*gates[name], k]
+            without = self.loss(batches)
+            for other in self.layers.values():
+                other.ranks_off = list(range(other.r))
+            layer.ranks_off = [j for j in range(layer.r) if j != k]
+            alone = self.loss(batches)
+            # IS(k) = S(M) - S(M without k) + S(M with k alone),  S = -loss
+            found[name, k] = -whole + without - alone
+            for n, off in gates.items():
+                self.layers[n].ranks_off = off
+        self.model.train(training)
+        return distributed.mean_scores(found)
+
+    @torch.no_grad()
+    def round(self):
+        """Prune and grow."""
+        layers = self.layers.items()
+        on = {name: layer.r - len(layer.ranks_off) for name, layer in layers}
+        pruned, grown = exchange(self.importance(), {n: a.r for n, a in layers}, on)
+        for name, k in pruned:
+            self.layers[name].ranks_off = sorted([*self.layers[name].ranks_off, k])
+        for name, count in grown.items():
+            layer = self.layers[name]
+            for k in layer.ranks_off[:count]:
+                row = torch.randn(layer.in_features, generator=self.generator)  # (in,)
+                # of the variance that lora_A has at first, 1 / (3 in)
+                layer.lora_A[k] = row.to(layer.lora_A) * (3 * layer.in_features) ** -0.5
+                layer.lora_B[:, k] = 0
+                for parameter in self.parts[name][k]:
+                    self.forget(parameter)
+            layer.ranks_off = layer.ranks_off[count:]
+
+    def state(self):
+        """What a checkpoint keeps; the gates are in it as ranks_off."""
+        return {"t": self.t, "rng": self.generator.get_state()}
+
+    def load(self, state):
+        self.t = state["t"]
+        self.generator.set_state(state["rng"])
