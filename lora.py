@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import adapter_file, seeds
+from support import adapter_file, seeds, switches
+from support.doors import refuse_numbers
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 RESIDUALS = ("residual_1", "residual_2")
@@ -185,55 +186,26 @@ class LoRALayer(nn.Module):
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on, which ranks, if merged, and the scale."""
+        """A state_dict carries beside A and B what is on (support/switches.py)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        off = [k in self.ranks_off for k in range(self.r)]
-        switches = [self.enabled, self.merged, self.when_off == "frozen", *off]
-        destination[prefix + "lora_switches"] = torch.tensor(switches)  # (3 + r,)
-        destination[prefix + "lora_scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
+        destination |= {prefix + key: value for key, value in switches.of(self).items()}
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
         """Switch as the saved module was. ValueError: it would not compute what that one did."""
-        keys = prefix + "lora_switches", prefix + "lora_scaling"
-        switches, scaling = (state_dict.pop(key, None) for key in keys)
-        if switches is None or scaling is None:
-            missing += [key for key in keys if key not in state_dict]
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-            return
-        if switches.shape != (3 + self.r,) or scaling.item() != self.scaling:
-            raise ValueError(
-                f"{prefix[:-1]} has r {self.r} and scaling {self.scaling}, the state_dict "
-                f"{len(switches) - 3} and {scaling.item()}: inject with the same r and lora_alpha"
-            )
-        on, merged, frozen, *off = switches.tolist()
-        if merged or self.locked:
-            raise ValueError(
-                f"{prefix[:-1]} is merged, in the state_dict or in the model: call unmerge(model) "
-                "on that side, and save anew"
-            )
+        found = {key: state_dict.pop(prefix + key, None) for key in switches.of(self)}
+        lacking = [prefix + key for key, value in found.items() if value is None]
+        if not lacking:
+            switches.refuse_other(self, prefix[:-1], found)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        self._enabled, self.when_off = bool(on), "frozen" if frozen else "out"
-        self.ranks_off = [k for k, rank_off in enumerate(off) if rank_off]
+        missing += lacking
+        if not lacking:
+            switches.put(self, found)
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
 
 
 # ---------------------------------------------------------------------------------------- injection
-
-
-def refuse_unsuitable(model):
-    """Raises ValueError where a model cannot be adapted or scored: the door of both."""
-    adapters(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is on the device meta, a shape without numbers: load it first"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(
-                f"{name} is in {parameter.dtype}, whose range gradients leave: call model.float()"
-            )
 
 
 def inject(
@@ -271,7 +243,7 @@ def inject(
         ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
             that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
-    refuse_unsuitable(model)
+    refuse_numbers(model)
     if when_off not in ("out", "frozen"):
         raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
@@ -521,7 +493,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
-    refuse_unsuitable(model)
+    refuse_numbers(model)
     if adapters(model):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)

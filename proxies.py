@@ -41,8 +41,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora import RESIDUALS, adapters, refuse_unsuitable
+from lora import RESIDUALS, adapters
 from support import distributed
+from support.doors import refuse_batches, refuse_numbers
 
 WITHOUT_DATA = ("constant", "synflow")  # these read no batch
 ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
@@ -87,45 +88,12 @@ def score(name, model, batches):
 
 
 def refuse_unscorable(model, batches):
-    """The door of every score: the model, the list, and each batch; the loss must be defined.
-
-    Raises:
-        ValueError: no adapters, a merged model, one that lora.refuse_unsuitable refuses; no list;
-            a batch without labels, with token ids or labels out of range, or on another device.
-    """
-    refuse_unsuitable(model)
+    """The door of every score: raises ValueError for a model or batches without one."""
     layers = adapters(model)
+    refuse_numbers(model)
     if not layers or any(layer.merged for layer in layers.values()):
         raise ValueError("scoring needs a model with LoRA modules that are not merged")
-    if not isinstance(batches, list | tuple):
-        raise ValueError(
-            f"batches is a {type(batches).__name__}, expected a list: it is read more than once"
-        )
-    if not batches:
-        raise ValueError("scoring needs at least one batch")
-    for i, batch in enumerate(batches):
-        refuse_batch(model, batch, f"batch {i}")
-
-
-def refuse_batch(model, batch, where):
-    """Raises ValueError where a batch has no loss, or would read outside a table."""
-    for name in ("input_ids", "attention_mask", "labels"):
-        found = batch.get(name) if isinstance(batch, dict) else None
-        if not torch.is_tensor(found) or not found.numel():
-            raise ValueError(f"{where} has no {name}: expected a dict of tensors that holds it")
-        device = model.word_embeddings.weight.device
-        if found.device != device:
-            raise ValueError(f"{where} is on {found.device}, the model on {device}")
-    config, labels = model.config, batch["labels"]
-    limits = [("input_ids", batch["input_ids"], config.vocab_size)]
-    if config.head == "lm":
-        limits.append(("labels", labels[labels != -100], config.vocab_size))
-    elif config.num_labels > 1:
-        limits.append(("labels", labels, config.num_labels))
-    for name, values, limit in limits:
-        low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
-        if low < 0 or high >= limit:
-            raise ValueError(f"{where} has {name} {low} to {high}, allowed: 0 to {limit - 1}")
+    refuse_batches(model, batches)
 
 
 # ----------------------------------------------------------------------------------- leave no trace

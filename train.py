@@ -324,9 +324,8 @@ def resume(run, data):
     other = run_folder.other_data(folder, data)
     if other and not args.eval_only:
         raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
-    like = checkpoint.capture(run.model, run.optimizer, run.plan, run.delta)
-    parts = [p.detach() for p in run.ranks.parameters()] if run.ranks else None
-    stored, note = checkpoint.read_last(folder, like, parts)
+    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta)
+    stored, note = checkpoint.read_last(folder, like)
     run.notes += filter(None, (other, note))
     if not stored:
         if args.eval_only:
@@ -409,7 +408,8 @@ def carry_out(run):
             if run.plan:
                 spent = runs.counts(run.model)[0]
                 control = flags.equal_budget_control(run.args, spent, run.plan.costs)
-            print(runs.finish(run, flags.describe(run.args), control))
+            beside = glue.baselines(run.args.task, run.args.data_dir)
+            print(runs.finish(run, flags.describe(run.args), control, beside))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():

@@ -9,7 +9,10 @@ Three kinds, three small interfaces. To add one is a file and its line in METHOD
 
 An adapter has the arguments of LoRALayer and overrides what differs: forward, delta_w (what it adds
 to the weight), factors (the tensors that train), pair (what it exports as). Where modules share
-something, its static method connect(layers, seed) is called once, when all are in their places.
+something, its static method connect(layers, seed) is called once, before they are put in their
+places. Of a shared factor each of its modules has the parameter itself in factors(): it is stored,
+stepped and counted once. A branch that is no matrix on x says why in `unmergeable`, and one that
+takes from other blocks' inputs has `every_token`.
 
 single_ranks.py is HeteroLoRA's own: --per-rank yes.
 
@@ -50,8 +53,8 @@ METHODS = {  # kind -> name -> method
 }
 
 SHARED = {
-    "--budget-params": "its modules share A and B: a single one has no price; use --keep",
     "--per-rank yes": "its modules share A and B: a rank cannot be on in one and off in another",
+    "--budget-params": "its modules share A and B: a single one has no price; use --keep",
     "--when-off frozen": "what is off would move: A and B, which it shares, train on in the others",
     "--proxy fisher": "A is shared, so that a channel has one score for all blocks",
 }

@@ -54,7 +54,8 @@ class CoRATrained(LoRALayer):
             blocks.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = layer
         for block, places in blocks.items():
             if set(places) != set(PLACES):
-                raise ValueError(f"cora adapts {','.join(PLACES)}, got {','.join(places)}")
+                wanted, got = ",".join(PLACES), ",".join(places)
+                raise ValueError(f"cora needs the targets {wanted} and no other, got {got}")
             weights = [places[place].base.weight.detach() for place in PLACES]
             if len({w.shape for w in weights}) > 1:
                 sizes = ", ".join(str(tuple(w.shape)) for w in weights)

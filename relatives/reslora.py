@@ -1,12 +1,12 @@
 """ResLoRA: a module's branch also takes from the same place in the blocks before.
 
 Shi et al.: ResLoRA, Identity Residual Mapping in Low-Rank Adaption (arXiv 2402.18039). Parameters
-are LoRA's, r (m + n) a module. Here n counts blocks; k goes back to the first, PRE blocks at most.
+are LoRA's, r (m + n) a module. Here n counts blocks; k goes back to the first, pre blocks at most.
 
     --adapter       | branch of the module in block n                       | merges
     reslora_input   | s B_n A_n (x_n + x_{n-1})                             | no
-    reslora_block   | sum_{k = 0 … PRE} s B_{n-k} A_{n-k} x_n               | exactly
-    reslora_middle  | s B_n (A_n x_n + sum_{k = 1 … PRE} A_{n-k} x_{n-k})   | no
+    reslora_block   | sum_{k = 0 … pre} s B_{n-k} A_{n-k} x_n               | exactly
+    reslora_middle  | s B_n (A_n x_n + sum_{k = 1 … pre} A_{n-k} x_{n-k})   | no
 
     name     | symbol           | shape
     before   |                  | list of the modules that n takes from, the nearest first
@@ -33,12 +33,11 @@ import torch.nn.functional as F
 from lora import LoRALayer
 from relatives.tied import by_place
 
-PRE = 4  # the paper's runs on GLUE
-
 
 class ResLoRABlock(LoRALayer):
     """Its pair, and those of the blocks before, all on its own input."""
 
+    pre = 4  # as in the paper's runs on GLUE
     before = ()
 
     @classmethod
@@ -46,8 +45,8 @@ class ResLoRABlock(LoRALayer):
         for chain in by_place(layers):
             passed = []
             for n, layer in enumerate(chain):
-                layer.before = chain[max(0, n - PRE) : n][::-1]
-                layer.passed, layer.last = passed, n == len(chain) - 1
+                layer.before = chain[max(0, n - layer.pre) : n][::-1]
+                layer.passed, layer.ends = passed, (n == 0, n == len(chain) - 1)
 
     def branch(self):
         # sum_k B_{n-k} A_{n-k} = [B_n, B_{n-1}, …] [A_n; A_{n-1}; …]
@@ -61,6 +60,7 @@ class ResLoRAInput(ResLoRABlock):
 
     kind = "reslora_input"
     every_token = True
+    pre = 1
     branch = LoRALayer.branch
 
     @property
@@ -69,23 +69,27 @@ class ResLoRAInput(ResLoRABlock):
 
     def forward(self, x):
         """(…, in) -> (…, out); to be called block by block, as a Transformer does."""
-        if not self.before:
+        first, last = self.ends
+        if first:
             self.passed.clear()  # of a forward pass that did not come to its end
         h, handed = self.base(x), self.hand_on(x)
         if self.in_forward:
-            h = h + F.linear(self.thin(handed), self.scaling * self.branch()[1])  # (b, t, out)
+            # input: x_n + x_{n-1};  middle: A_n x_n + sum_{k = 1 … pre} A_{n-k} x_{n-k}
+            received = self.passed[len(self.passed) - len(self.before) :]
+            total = sum((e for e in received if e is not None), handed)
+            # h = W x_n + s B_n (A_n total);  middle: h = W x_n + s B_n total
+            h = h + F.linear(self.thin(total), self.scaling * self.branch()[1])  # (b, t, out)
         self.passed.append(handed)
-        if self.last:
+        if last:
             self.passed.clear()  # the graph is not held longer than the pass
         return h
 
     def hand_on(self, x):
-        return x
+        return x  # (b, t, in)
 
-    def thin(self, x):
-        # A_n (x_n + x_{n-1})
-        x = x + self.passed[-1] if self.passed else x
-        return F.linear(F.dropout(x, self.lora_dropout, self.training), self.branch()[0])
+    def thin(self, total):
+        x = F.dropout(total, self.lora_dropout, self.training)
+        return F.linear(x, self.branch()[0])  # (b, t, r)
 
     def delta_w(self):
         """Raises ValueError: there is none."""
@@ -98,12 +102,12 @@ class ResLoRAMiddle(ResLoRAInput):
     """Its pair, with what the A of the blocks before made of their inputs added in the middle."""
 
     kind = "reslora_middle"
+    pre = ResLoRABlock.pre
 
     def hand_on(self, x):
         if not self.in_forward:
             return None
         return F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)  # (b, t, r)
 
-    def thin(self, handed):
-        # A_n x_n + sum_{k = 1 … PRE} A_{n-k} x_{n-k}
-        return sum((h for h in self.passed[-PRE:] if h is not None), handed)  # (b, t, r)
+    def thin(self, total):
+        return total  # (b, t, r)

@@ -84,7 +84,7 @@ DECISION = {"step": count, "epoch": count, "scores": dict, "on": dict}
 FORM = {  # of every checkpoint
     "parameters": {str: ANY},
     "optimizer": {
-        "state": {int: {"step": ANY, "exp_avg": ANY, "exp_avg_sq": ANY}},
+        "state": {int: dict},
         "param_groups": [dict],
     },
     "on": {str: bool},
@@ -110,15 +110,19 @@ FORM = {  # of every checkpoint
 }
 
 
-def form_of(state, like, parts=None):
+def finite_state(value):
+    """A form: what an optimizer other than AdamW keeps of a parameter; its keys are its own."""
+    return type(value) is dict and all(ANY(v) or finite(v) for v in value.values())
+
+
+def form_of(state, like):
     """The form of a checkpoint that fits one run: the names, shapes and dtypes of that run.
 
     Args:
         state: of the form FORM; what may be absent (moments, stretches) is looked for in it.
-        like: what `capture` gives of the run before its first step.
-        parts: what the optimizer steps, where that is not like["parameters"]: single ranks that go
-            on and off, while the factors keep their shape.
+        like: what `expected` gives of the run before its first step.
     """
+    parts = any(torch.is_tensor(p) for p in like["stepped"])  # the factors keep their shape then
     kept = {}  # of single ranks: how many rank-one parts each module has
     for decision in state["plan"]["history"] if state["plan"] and not parts else []:
         kept |= {n: len(on) for n, on in decision["on"].items() if type(on) is list and on}
@@ -129,8 +133,9 @@ def form_of(state, like, parts=None):
         shape = p.shape if r is None else (r, p.shape[1]) if key == "lora_A" else (p.shape[0], r)
         shapes[name] = tensor(shape, p.dtype)
     step, seen = tensor((), torch.float32), state["optimizer"]["state"]
-    stepped = [tensor(p.shape, p.dtype) for p in parts] if parts else shapes.values()
+    stepped = [shapes[p] if type(p) is str else tensor(p.shape, p.dtype) for p in like["stepped"]]
     moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in stepped]
+    moments = moments if like["adamw"] else [finite_state] * len(stepped)
     form = FORM | {
         "parameters": shapes,
         "optimizer": {
@@ -164,6 +169,18 @@ def capture(model, optimizer, plan, delta):
         "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
+    }
+
+
+def expected(model, optimizer, plan, delta):
+    """What a checkpoint has to be like to fit a run that was set up: for form_of."""
+    names = {id(p): name for name, p in lora.trainable(model).items()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        **capture(model, optimizer, plan, delta),
+        "adamw": type(optimizer) is torch.optim.AdamW,
+        # a name of trainable, or the tensor itself: single ranks that go on and off
+        "stepped": [names.get(id(p), p.detach()) for p in stepped],
     }
 
 
@@ -252,13 +269,12 @@ def read(path):
     return state
 
 
-def read_last(folder, like=None, parts=None):
+def read_last(folder, like=None):
     """The last checkpoint that is whole, and fits.
 
     Args:
         folder: pathlib.Path of the run.
-        like: what it has to fit: `capture` of the run before its first step; None = anything.
-        parts: as in form_of.
+        like: what it has to fit, `expected` of the run before its first step; None = anything.
 
     Returns:
         (state, note): state is None where the run stopped before its first checkpoint; note says
@@ -271,7 +287,7 @@ def read_last(folder, like=None, parts=None):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         try:
             state = read(folder / name)
-            wrong = misfit(state, form_of(state, like, parts)) if like else ""
+            wrong = misfit(state, form_of(state, like)) if like else ""
             if wrong:
                 raise ValueError(f"{folder / name} does not fit the run: {wrong}")
         except FileNotFoundError:

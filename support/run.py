@@ -123,11 +123,12 @@ def counts(model):
     return sum(found.values()) - head, head, sum(kept.values()) - head
 
 
-def finish(run, method, control):
+def finish(run, method, control, baselines):
     """Write the adapter and the last line of the log.
 
     Args:
         method: str, the method in one line. control: (command, parameters), or None.
+        baselines: dict name -> accuracy of what stands beside the result; may be empty.
 
     Returns:
         the table that is printed.
@@ -162,4 +163,5 @@ def finish(run, method, control):
         decisions=len(run.plan.history) if run.plan else 0,
         folder=run.folder,
         control=control,
+        baselines=baselines,
     )

@@ -21,6 +21,8 @@ from support import checkpoint, distributed, flags, run_folder
 METHODS = {
     "lora": "--preset lora --accumulate 2 --clip 0.5",
     "heterolora": "--every 0.4 --score-batches 2",
+    "tied": "--adapter tied --every 0.4 --score-batches 2 --clip 0.5",
+    "reslora": "--adapter reslora_middle --every 0.4 --score-batches 2",
     "delta": "--preset delta-lora --delta-ratio 0.5 --delta-start 1",
 }
 
@@ -88,7 +90,7 @@ def test_two_processes_equal_one(argv, tmp_path, method):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
     decisions = [[n for n, on in h["on"].items() if on] for h in one["history"]]
     assert decisions == [[n for n, on in h["on"].items() if on] for h in first["history"]]
-    assert len(decisions) == (6 if method == "heterolora" else 0)
+    assert len(decisions) == (6 if "--every" in METHODS[method] else 0)
     assert len(set(one["losses"])) == len(one["losses"])
 
 

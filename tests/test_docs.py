@@ -286,15 +286,15 @@ def parser_of(module):
     def stop(parser, *_):
         raise Captured(parser)
 
-    original, argv = argparse.ArgumentParser.parse_args, ["nothing"]
-    argparse.ArgumentParser.parse_args = stop
+    original, argv = argparse.ArgumentParser.parse_known_args, ["nothing"]
+    argparse.ArgumentParser.parse_known_args = stop
     try:
         main = flags.parse_flags if module == "train" else importlib.import_module(module).main
         main(argv)
     except Captured as captured:
         return captured.args[0]
     finally:
-        argparse.ArgumentParser.parse_args = original
+        argparse.ArgumentParser.parse_known_args = original
     raise AssertionError(f"{module} parses its command line without argparse")
 
 

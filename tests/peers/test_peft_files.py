@@ -77,6 +77,23 @@ def test_a_run_loads_into_peft(tmp_path, family, kind):
         assert 0 < len(enabled) < len(lora.adapters(run.model))
 
 
+@pytest.mark.parametrize("adapter", ["tied", "condlora", "cora", "cora_trained", "reslora_block"])
+@pytest.mark.parametrize("family", ["bert", "opt", "gpt2"])
+def test_a_relative_that_is_a_pair_loads_into_peft(tmp_path, family, adapter):
+    """All on, and with some modules off: an ordinary LoRA adapter, of equal logits."""
+    for more in ("--allocate none", "--allocate static --keep 0.5"):
+        folder = tmp_path / more.split()[1]
+        folder.mkdir()
+        flags = f"--adapter {adapter} --targets q_proj,k_proj,v_proj --shortcuts none {more}"
+        base, out, run = finished_run(folder, family, flags)
+        expected = logits(run.model, run)
+        assert (expected - logits(stock(base), run)).abs().max() > 1e-3
+        config = writing.export(out, folder / "peft")
+        assert config["peft_type"] == "LORA" and not config.get("use_dora")
+        peer = peft.PeftModel.from_pretrained(stock(base), folder / "peft")
+        torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=2e-6)
+
+
 PEFT_CONFIGS = {
     "plain": {},
     "patterns": {"rank_pattern": {"PLACE": 4}, "alpha_pattern": {"PLACE": 7}},
