@@ -11,9 +11,9 @@ W = U S V^T. With R = I and scaling 1 the branch is the best approximation of W 
 Three things differ from LoRA. The start is the base only up to 1e-5 * scaling * ||A||. What is
 off has an R that is not zero, so it counts as stored. And the parameters are r * r, whatever W is.
 
-deviates: released versions take a randomised SVD (TruncatedSVD), or float32. Here it is exact,
-in float64, and each column of U_r has its largest entry positive, so that R means the same on
-another machine. W and the draw give all of it again: a checkpoint holds R alone.
+deviates: released versions take a randomised SVD, or one in float32. Here it is exact, in float64,
+and each column of U_r has its largest entry positive, so that R means the same on another machine.
+W and the draw give all of it again: a checkpoint holds R alone.
 
 What this file does not do: singular vectors of anything but W; W of rank below r, which is refused.
 """
