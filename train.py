@@ -15,6 +15,7 @@ What this file does not do: mixed precision, compile, search hyper-parameters.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -29,17 +30,12 @@ import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS, single_ranks
-from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
+from support import distributed, flags, glue, report, run_folder, seeds, terminal
 from support import run as runs
 from support.errors import one_line
-from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, predict
-from support.run import Run
+from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, evaluate_test
+from support.run import CannotGoOn, Run
 from support.settings import effects
-
-
-class CannotGoOn(RuntimeError):
-    """A loss or a score that is not a number: the run stops, its last good checkpoint is kept."""
-
 
 # ------------------------------------------------------------------------------------------- set-up
 
@@ -56,10 +52,7 @@ def set_up(args):
         shortcut_norm=args.shortcut_norm,
     )
     limit = model.config.max_positions
-    max_length = args.max_length or min(128, limit)
-    if max_length > limit:
-        raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
-    (train, dev, test), more = glue.encode_splits(texts, tokenizer, max_length)
+    (train, dev, test), more = glue.encode_splits(texts, tokenizer, args.max_length, limit)
     notes += more
     if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
@@ -282,20 +275,6 @@ def train(run):
             runs.save(run)
 
 
-def evaluate_test(run):
-    """The test set once, at the end: its metrics, and every prediction (a character for a class).
-
-    No choice looks at them: not the best epoch, not a decision.
-    """
-    if run.test is None:
-        return
-    predictions = predict(run.model, run.task, run.test)
-    labels = [example["label"] for example in run.test]
-    run.test_metrics = glue.metrics(run.task, predictions, labels)
-    separator = "" if run.task.labels else " "
-    run.test_predictions = separator.join(map(str, predictions))
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -313,7 +292,13 @@ def prepare(args, stack):
     run = set_up(args)
     splits = {"dev": run.dev} if args.eval_only else {"train": run.train, "dev": run.dev}
     data = {split: glue.fingerprint(examples) for split, examples in splits.items()}
-    lines = resume(run, data) if args.resume else 0
+    lines = 0
+    if args.resume:
+        per_epoch = 0 if args.eval_only else len(epoch_steps(run, 0))
+        steps = None if args.eval_only else (per_epoch, per_epoch * args.epochs)
+        rebuild = functools.partial(make_optimizer, run.model, args, run.ranks)
+        where = (Path(args.resume), data, args.seed, args.eval_only)
+        lines = runs.resume(run, *where, steps, rebuild)
     if not args.eval_only:
         parameters = sum(lora.count_trainable(run.model).values())
         sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
@@ -327,36 +312,6 @@ def prepare(args, stack):
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
         run.folder = run_folder.create(folder, stack, flags.stored(args), data)
     return run
-
-
-def resume(run, data):
-    """Put a run back to its last checkpoint, if it has one; ValueError where it cannot be.
-
-    Args:
-        data: dict split -> fingerprint of what was loaded; a run does not go on with other data.
-
-    Returns:
-        int, how many lines metrics.jsonl had then.
-    """
-    args, folder = run.args, Path(run.args.resume)
-    other = run_folder.other_data(folder, data)
-    if other and not args.eval_only:
-        raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
-    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta, run.allocator)
-    stored, note = checkpoint.read_last(folder, like)
-    run.notes += filter(None, (other, note))
-    if not stored:
-        if args.eval_only:
-            raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
-        return 0
-    if not args.eval_only:
-        per_epoch = len(epoch_steps(run, 0))
-        runs.refuse_lost(folder, stored, per_epoch, per_epoch * args.epochs)
-    single_ranks.shrink_to(run.model, stored["parameters"])
-    run.optimizer = make_optimizer(run.model, args, run.ranks)
-    note = runs.restore(run, stored, args.seed)
-    run.notes += [note] if note and not args.eval_only else []
-    return stored["log_lines"]
 
 
 def dry_run(run):
@@ -390,12 +345,13 @@ def main(argv=None):
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)
-        code = evaluate_only(run) if args.eval_only else carry_out(run)
+        begin = evaluate_only if args.eval_only else carry_out
+        code = runs.carry_through(run, lambda: begin(run))
         return 0 if distributed.rank() else code
 
 
 def evaluate_only(run):
-    """--eval-only: the metrics of a run as it stands, and of what; returns the exit code."""
+    """--eval-only: the metrics of a run as it stands, and of what."""
     where = (run.args.task, run.args.data_dir)
     print(f"{len(run.dev)} examples of {glue.source(*where, 'dev')}")
     print(report.show(evaluate(run.model, run.task, run.dev)))
@@ -403,49 +359,29 @@ def evaluate_only(run):
     if run.test_metrics:
         print(f"{len(run.test)} examples of {glue.source(*where, 'test')}")
         print(f"test: {report.show(run.test_metrics)}")
-    return 0
 
 
 def carry_out(run):
-    """Train, say how it ended, and return the exit code."""
-    print(flags.describe(run.args))
-    sizes = f"{len(run.train)} training, {len(run.dev)} development"
-    sizes += f", {len(run.test)} test" if run.test is not None else ""
-    print(f"{run.args.task}: {sizes} examples")
-    try:
-        if run.args.dry_run:
-            print(dry_run(run))
-            return 0
-        with terminal.stop_on_signal(run):
-            train(run)
-        run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
-        if not run.stop:
-            evaluate_test(run)
-        if not run.stop and distributed.rank() == 0:
-            control = None
-            if run.plan:
-                spent = runs.counts(run.model)[0]
-                control = flags.equal_budget_control(run.args, spent, run.plan.costs)
-            beside = glue.baselines(run.args.task, run.args.data_dir)
-            print(runs.finish(run, flags.describe(run.args), control, beside))
-    except CannotGoOn as error:
-        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
-        if run.folder and (run.folder / "checkpoint.pt").exists():
-            print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
-        where = f"go on from its last checkpoint with --resume {run.folder}"
-        print(f"train.py: {what}; {where}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
-        return 130
+    """Train to the end, or to a signal; write and print the result."""
+    args = run.args
+    print(flags.describe(args))
+    print(f"{args.task}: {glue.sizes(run.train, run.dev, run.test)}")
+    if args.dry_run:
+        print(dry_run(run))
+        return
+    with terminal.stop_on_signal(run):
+        train(run)
+    run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
     if run.stop:
-        command = f"{distributed.command()} train.py --resume {run.folder}"
-        print(f"stopped and saved; go on with: {command}")
-        return 130
-    return 0
+        return
+    evaluate_test(run)
+    if distributed.rank() == 0:
+        control = None
+        if run.plan:
+            spent = runs.counts(run.model)[0]
+            control = flags.equal_budget_control(args, spent, run.plan.costs)
+        beside = glue.baselines(args.task, args.data_dir)
+        print(runs.finish(run, flags.describe(args), control, beside))
 
 
 if __name__ == "__main__":

@@ -43,3 +43,17 @@ def evaluate(model, task, examples):
     """The task's metrics on encoded examples."""
     labels = [example["label"] for example in examples]
     return glue.metrics(task, predict(model, task, examples), labels)
+
+
+def evaluate_test(run):
+    """The test set once, at the end: its metrics, and every prediction (a character for a class).
+
+    No choice looks at them: not the best epoch, not a decision.
+    """
+    if run.test is None:
+        return
+    predictions = predict(run.model, run.task, run.test)
+    labels = [example["label"] for example in run.test]
+    run.test_metrics = glue.metrics(run.task, predictions, labels)
+    separator = "" if run.task.labels else " "
+    run.test_predictions = separator.join(map(str, predictions))

@@ -211,6 +211,12 @@ def load_splits(name, data_dir=None, test=False, train=True):
     return (train, dev, found), notes
 
 
+def sizes(train, dev, test):
+    """How many examples there are, in words; test may be None."""
+    text = f"{len(train)} training, {len(dev)} development"
+    return f"{text}, {len(test)} test examples" if test is not None else f"{text} examples"
+
+
 def baselines(name, data_dir=None):
     """dict of what else was measured on the embedded task -> accuracy on dev; {} for others."""
     path = EMBEDDED / "baselines.json"
@@ -341,8 +347,20 @@ def encode(examples, tokenizer, max_length):
     return encoded, sum(bool(e.overflowing) for e in encodings)
 
 
-def encode_splits(splits, tokenizer, max_length):
-    """Each split by encode, None stays None -> (encoded splits, notes)."""
+def encode_splits(splits, tokenizer, max_length, limit):
+    """Each split by encode, None stays None -> (encoded splits, notes).
+
+    Args:
+        splits: as load_splits gives them. tokenizer: as in encode.
+        max_length: int, or None for 128 tokens, or what the model has.
+        limit: int, the positions that the model has.
+
+    Raises:
+        ValueError: max_length is more than that.
+    """
+    max_length = max_length or min(128, limit)
+    if max_length > limit:
+        raise ValueError(f"--max-length is {max_length}, the model has {limit} positions")
     encoded, cut = [], 0
     for split in splits:
         found, truncated = (None, 0) if split is None else encode(split, tokenizer, max_length)

@@ -7,6 +7,7 @@ checkpoint.py, adapter_file.py).
 """
 
 import dataclasses
+import sys
 import types
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import lora
 from delta_lora import DeltaLoRA
 from relatives import single_ranks
 from support import checkpoint, distributed, glue, report, run_folder
+
+
+class CannotGoOn(RuntimeError):
+    """A loss or a score that is not a number: the run stops, its last good checkpoint is kept."""
+
 
 PROGRESS = {  # what a checkpoint says of how far a run is
     "position": ("epoch", "step_in_epoch", "step"),
@@ -123,6 +129,65 @@ def counts(model):
     found, kept = lora.count_trainable(model), lora.count_trainable(model, stored=True)
     head = sum(found[module] for module in model.head)
     return sum(found.values()) - head, head, sum(kept.values()) - head
+
+
+def resume(run, folder, data, seed, evaluating, steps, rebuild):
+    """Put a run back to its last checkpoint, if it has one.
+
+    Args:
+        run: as it was set up. folder: of the run that goes on. seed: of its flags.
+        data: dict split -> fingerprint of what was loaded; a run does not go on with other data.
+        evaluating: bool, it is only to be evaluated.
+        steps: (in an epoch, in all), or None where the training set was not read.
+        rebuild: function () -> the optimizer, anew, once static single ranks have shrunk.
+
+    Returns:
+        int, how many lines metrics.jsonl had then.
+
+    Raises:
+        ValueError: other data, no checkpoint to evaluate, or one that does not fit.
+    """
+    other = run_folder.other_data(folder, data)
+    if other and not evaluating:
+        raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
+    parts = (run.model, run.optimizer, run.plan, run.delta, run.allocator)
+    stored, note = checkpoint.read_last(folder, checkpoint.expected(*parts))
+    run.notes += filter(None, (other, note))
+    if not stored:
+        if evaluating:
+            raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
+        return 0
+    if steps:
+        refuse_lost(folder, stored, *steps)
+    single_ranks.shrink_to(run.model, stored["parameters"])
+    run.optimizer = rebuild()
+    note = restore(run, stored, seed)
+    run.notes += [note] if note and not evaluating else []
+    return stored["log_lines"]
+
+
+def carry_through(run, begin):
+    """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
+    try:
+        begin()
+    except CannotGoOn as error:
+        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
+        if run.folder and (run.folder / "checkpoint.pt").exists():
+            print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
+        where = f"go on from its last checkpoint with --resume {run.folder}"
+        print(f"train.py: {what}; {where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
+        return 130
+    if run.stop:
+        command = f"{distributed.command()} train.py --resume {run.folder}"
+        print(f"stopped and saved; go on with: {command}")
+        return 130
+    return 0
 
 
 def finish(run, method, control, baselines):

@@ -45,7 +45,7 @@ def refuse_conflicts(given, args):
             raise ValueError(f"--{useless[0].replace('_', '-')} needs {what}")
     if "keep" in given and a.budget_params is not None:
         raise ValueError("--keep and --budget-params are two budgets: give one")
-    for wrong, message in contradictions(a):
+    for wrong, message in (*contradictions(a), *of_training(a)):
         if wrong:
             raise ValueError(message)
     refuse_incompatible(args)
@@ -82,8 +82,6 @@ def contradictions(a):
     """(whether, message) of values that exclude each other, or undo a method."""
     modules = a.targets or a.shortcuts != "none"
     single = a.budget_params and a.proxy in single_ranks.CHOICES
-    delta, reads_weights = a.delta_ratio != 0, a.proxy in READ_WEIGHTS
-    lazy = delta and a.delta_lazy == "yes"
     cross = set(lora.SHORTCUTS[a.shortcuts]) & set(lora.CROSS)
     no_branch = "0 multiplies every module by 0: they would compute nothing"
     return (
@@ -111,6 +109,14 @@ def contradictions(a):
             a.shortcut_norm == "reuse" and not cross,
             "--shortcut-norm reuse needs --shortcuts cross or all: it follows those alone",
         ),
+    )
+
+
+def of_training(a):
+    """(whether, message) as contradictions, of Delta-LoRA and of the optimizer's settings."""
+    delta, reads_weights = a.delta_ratio != 0, a.proxy in READ_WEIGHTS
+    lazy = delta and a.delta_lazy == "yes"
+    return (
         (
             delta and not a.targets,
             "--delta-ratio needs --targets: shortcuts have no weight to move",

@@ -599,7 +599,8 @@ def test_what_does_not_go_together_is_refused_by_name(kind, feature, capsys):
     assert train.main(given) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"--adapter {kind} does not go with {feature}: {INCOMPATIBLE[kind][feature]}" in said
+    assert f"--adapter {kind} does not go with {feature}" in said
+    assert INCOMPATIBLE[kind][feature] in said
 
 
 def test_what_a_layer_cannot_have_is_refused_and_the_model_stays():
