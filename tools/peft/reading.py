@@ -20,6 +20,7 @@ import torch
 import lora
 from model import Config, Transformer
 from support import download, hf_folder
+from support.families import FAMILIES
 from tools.peft.config import is_target, names, pattern_value, read_config
 from tools.peft.writing import HEADS, ROOT, Pair, full_path
 
@@ -143,7 +144,7 @@ def fit(config, found, head, model):
     """
     family, places = model.config.family, {}  # full path -> our modules in it
     for i in range(model.config.num_layers):
-        for place in lora.LINEARS:
+        for place in [p for p in lora.LINEARS if p in FAMILIES[family].layer]:
             name = f"layers.{i}.{place}"
             places.setdefault(full_path(family, name), []).append(name)
     problems = [
