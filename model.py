@@ -18,9 +18,8 @@ Figure 1) can adapt: six linear layers, a seventh where there is a gate, and fou
     cache           | K, V    | a block's keys and values of the tokens before, dict; empty at first
 
 What this file does not do: low-rank adapters (lora.py puts them in place of the modules), what a
-family's files look like (support/families.py), reading them (support/hf_folder.py,
-support/gguf_file.py), downloading (support/download.py), choosing tokens (support/generation.py),
-padding on the left.
+family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
+(support/download.py), choosing tokens (support/generation.py), padding on the left.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, families, generation, gguf_file, hf_folder, seeds
+from support import download, families, generation, hf_folder, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -491,7 +490,8 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     """A pretrained model and its tokenizer.
 
     Args:
-        name: "minilm", a folder in Hugging Face layout, or a hub id such as "roberta-base".
+        name: "minilm", "smollm2", "smollm2-q4", a folder in Hugging Face layout, a GGUF file, or a
+            hub id such as "roberta-base".
         num_labels: int, 1 = regression.
         head: "classification", or "lm" (causal families).
         dropout: float, replaces whatever the checkpoint was pretrained with.

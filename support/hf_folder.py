@@ -54,7 +54,7 @@ def read_json(path):
 
 
 def read_config(folder):
-    """config.json of a model folder.
+    """config.json of a model folder, with the ends of a text that generation_config.json names.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is not a JSON object.
@@ -62,7 +62,19 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: not a model in Hugging Face layout")
-    return read_json(path)
+    config, more = read_json(path), Path(folder) / "generation_config.json"
+    if more.is_file():
+        ends = read_json(more).get("eos_token_id")
+        config |= {} if ends is None else {"eos_token_id": ends}
+    return config
+
+
+def read_chat_template(folder):
+    """(the Jinja template by which messages become a prompt, or None, and tokenizer_config.json)."""
+    path = Path(folder) / "tokenizer_config.json"
+    options, alone = read_json(path) if path.is_file() else {}, Path(folder) / "chat_template.jinja"
+    template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")
+    return template if isinstance(template, str) else None, options
 
 
 def read_tensors(folder):
