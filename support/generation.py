@@ -205,7 +205,7 @@ def reading(model):
 
 
 def search(model, input_ids, max_new_tokens, mask, eos, n, length_penalty):
-    """Beam search as transformers does it (early_stopping False): the best text of every row, (b, m).
+    """The best text of every row, (b, m): beam search as in transformers, early_stopping False.
 
     In every step the 2 n likeliest continuations of a row's n beams are looked at (more where
     several tokens end a text). Of the first n, those that end are finished; of the others, n go on.

@@ -121,7 +121,7 @@ def convert(path, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------- config and tensors
+# ------------------------------------------------------------------------------- config and tensors
 
 
 def read_tensors(reader):
@@ -135,7 +135,7 @@ def read_tensors(reader):
 
 
 def config_of(metadata, tensors):
-    """The metadata as a config.json. KeyError: something is missing; ValueError: not implemented."""
+    """The metadata as a config.json. KeyError: something is missing. ValueError: unknown model."""
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -212,7 +212,7 @@ def renamed(tensors, config):
 
 
 def half_split(tensor, heads):
-    """Rows of each head from pairs side by side, (0, h, 1, h + 1, …), to halves, (0, 1, …, h, …)."""
+    """Rows of each head from pairs, (0, n, 1, n + 1, …), back to two halves, (0, 1, …, n, …)."""
     if len(tensor) % (2 * heads):
         raise ValueError(f"{len(tensor)} rows of q or k are not {heads} heads of pairs")
     pairs = tensor.reshape(heads, len(tensor) // heads // 2, 2, *tensor.shape[1:])
@@ -239,7 +239,9 @@ def tokenizer_of(metadata):
     added = {CONTROL: [], USER_DEFINED: []}
     for token, what in zip(tokens, kinds, strict=True):
         if what in added:
-            added[what].append(tokenizers.AddedToken(token, normalized=False, special=what == CONTROL))
+            added[what].append(
+                tokenizers.AddedToken(token, normalized=False, special=what == CONTROL)
+            )
     tokenizer.add_tokens(added[USER_DEFINED])
     tokenizer.add_special_tokens(added[CONTROL])
     add_ends(tokenizer, metadata, tokens)
@@ -274,9 +276,7 @@ def sentence_piece(metadata, tokens, kinds):
     """SentencePiece's BPE: the merge comes first whose result has the highest score."""
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for token, score, kind in zip(
-        tokens, metadata["tokenizer.ggml.scores"], kinds, strict=True
-    ):
+    for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], kinds, strict=True):
         if kind == NORMAL:
             splits = [(token[:i], token[i:]) for i in range(1, len(token))]
             merges += [(-score, pair) for pair in splits if pair[0] in vocab and pair[1] in vocab]

@@ -70,7 +70,7 @@ def read_config(folder):
 
 
 def read_chat_template(folder):
-    """(the Jinja template by which messages become a prompt, or None, and tokenizer_config.json)."""
+    """(Jinja template by which messages become a prompt, or None; tokenizer_config.json)."""
     path = Path(folder) / "tokenizer_config.json"
     options, alone = read_json(path) if path.is_file() else {}, Path(folder) / "chat_template.jinja"
     template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")

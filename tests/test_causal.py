@@ -40,7 +40,7 @@ def test_last_layer_at_one_position_equals_all_positions(family):
 
 
 def test_angles_in_bfloat16_are_those_of_float32():
-    """Position 1000 times a frequency has more digits than bfloat16: cosines, not angles, are cut."""
+    """An angle at position 1000 has more digits than bfloat16: cosines are cut, not angles."""
     c = tiny.config("llama", head_dim=8, rope_theta=1e4)
     positions = torch.arange(1000)[None]
     for parts in zip(
@@ -51,7 +51,7 @@ def test_angles_in_bfloat16_are_those_of_float32():
         torch.testing.assert_close(parts[0].double(), parts[1], rtol=0, atol=2**-8)
 
 
-# ------------------------------------------------------------------------------------ what is adapted
+# ---------------------------------------------------------------------------------- what is adapted
 
 
 def test_gate_proj_is_a_place_where_there_is_a_gate():
@@ -153,19 +153,22 @@ def test_what_is_not_implemented_is_refused_by_name(change, message):
         Config.from_hf({**SMOLLM2, **change})
 
 
-# ------------------------------------------------------------------------------------- model folders
+# ------------------------------------------------------------------------------------ model folders
 
 
 def llama_folder(path, m, **more):
     """Write a tiny.model as a folder under Hugging Face's names, spelt out here."""
-    c, places = m.config, {
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "fc1": "mlp.up_proj",
-        "fc2": "mlp.down_proj",
-        "gate_proj": "mlp.gate_proj",
-        "out_proj": "self_attn.o_proj",
-    }
+    c, places = (
+        m.config,
+        {
+            "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "fc1": "mlp.up_proj",
+            "fc2": "mlp.down_proj",
+            "gate_proj": "mlp.gate_proj",
+            "out_proj": "self_attn.o_proj",
+        },
+    )
     tensors = {}
     for name, p in m.state_dict().items():
         if name.startswith("layers."):
@@ -212,17 +215,17 @@ def test_a_folder_gives_the_model_that_was_written(tmp_path, family):
 
 
 def test_heads_tied_and_not(tmp_path):
-    """A copy of a tied head is none of its own; another one, or an untied one missing, is refused."""
+    """A copy of a tied head is left out; another one, or an untied one missing, is refused."""
     tied = tiny.model("llama", dtype=torch.float32, head="lm")
     embedding = tied.word_embeddings.weight.detach()
     copy = {"lm_head.weight": embedding.clone()}
     loaded, _ = load_pretrained(str(llama_folder(tmp_path / "1", tied, tensors=copy)), head="lm")
     assert not hasattr(loaded, "lm_head")
     other = {"lm_head.weight": embedding + 1}
-    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
         load_pretrained(str(llama_folder(tmp_path / "2", tied, tensors=other)), head="lm")
     folder = str(llama_folder(tmp_path / "3", tied, tie_word_embeddings=False))
-    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+    with pytest.raises(ValueError, match=r"lm_head.weight is missing"):
         load_pretrained(folder, head="lm")
     untied = tiny.model("qwen2", dtype=torch.float32, head="lm")
     folder = str(llama_folder(tmp_path / "4", untied))
@@ -234,8 +237,14 @@ def test_heads_tied_and_not(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 4}, r"q_proj.weight has shape \(24, 12\), config.json says num_att"),
-        ({"num_key_value_heads": 3}, r"k_proj.weight has shape \(8, 12\), config.json says num_key"),
+        (
+            {"num_attention_heads": 4},
+            r"q_proj.weight has shape \(24, 12\), config.json says num_att",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            r"k_proj.weight has shape \(8, 12\), config.json says num_key",
+        ),
         ({"num_hidden_layers": 4}, "there are 3 layers, config.json says 4"),
         ({"model_type": "qwen3"}, r"q_norm.weight is missing"),
         ({"model_type": "qwen2"}, r"q_proj.bias is missing"),
@@ -258,5 +267,5 @@ def test_only_tokenizer_json_is_read(tmp_path):
     folder = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
     (folder / "tokenizer.json").rename(folder / "vocab.json")
     (folder / "merges.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         load_pretrained(str(folder), head="lm")

@@ -1,4 +1,4 @@
-"""What a causal model writes after a prompt, as it comes: python tools/generate.py --run RUN "prompt"
+"""What a causal model writes, as it comes: python tools/generate.py --run RUN "prompt"
 
     --run DIR         the model of a run, with what the run trained
     --model NAME      a model as it is (minilm's kind cannot write): a name, folder or GGUF file
@@ -88,7 +88,9 @@ def write(args):
     """Print what the model writes. ValueError or OSError on bad input."""
     model, tokenizer, template, specials = load(args)
     if template and not args.plain:  # it has the special tokens in it
-        ids = tokenizer.encode(render(template, args.prompt, specials), add_special_tokens=False).ids
+        ids = tokenizer.encode(
+            render(template, args.prompt, specials), add_special_tokens=False
+        ).ids
     else:
         ids = tokenizer.encode(args.prompt).ids
     if not ids:
@@ -100,9 +102,7 @@ def write(args):
         print(tokenizer.decode(model.generate(prompt, limit, **how)[0].tolist()))
         return
     rng = seeds.generator(args.seed, "generation") if args.temperature else None
-    new = generation.stream(
-        model, prompt, limit, None, args.temperature, args.top_p, generator=rng
-    )
+    new = generation.stream(model, prompt, limit, None, args.temperature, args.top_p, generator=rng)
     for piece in texts(tokenizer, new):
         print(piece, end="", flush=True)
     print()

