@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import adapter_file, seeds
+from support import adapter_file, seeds, switches
+from support.doors import refuse_numbers
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "gate_proj")
 RESIDUALS = ("residual_1", "residual_2")
@@ -77,6 +78,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(like))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(like))  # (out, r)
         self.weight_before_merge = None
+        self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
         self.ranks_off = []
         self.when_off = "out"
@@ -98,8 +100,10 @@ class LoRALayer(nn.Module):
 
     @enabled.setter
     def enabled(self, value):
-        if self.merged:
-            raise ValueError("a merged module cannot be switched: call unmerge(model) first")
+        if self.locked:
+            raise ValueError(
+                "a module of a merged model cannot be switched on or off: call unmerge(model) first"
+            )
         self._enabled = bool(value)
 
     @property
@@ -163,26 +167,20 @@ class LoRALayer(nn.Module):
         self.lora_alpha = self.scaling * self.r
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on, rank by rank, and whether merged."""
+        """A state_dict carries beside A and B what is on (support/switches.py)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        off = [k in self.ranks_off for k in range(self.r)]
-        switches = [self.enabled, self.merged, self.when_off == "frozen", *off]
-        destination[prefix + "lora_switches"] = torch.tensor(switches)  # (3 + r,)
+        destination |= {prefix + key: value for key, value in switches.of(self).items()}
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        """Switch as the saved module was. ValueError: merged fits merged alone, or unmerged."""
-        switches = state_dict.pop(prefix + "lora_switches", None)
+        """Switch as the saved module was. ValueError: it would not compute what that one did."""
+        found = {key: state_dict.pop(prefix + key, None) for key in switches.of(self)}
+        lacking = [prefix + key for key, value in found.items() if value is None]
+        if not lacking:
+            switches.refuse_other(self, prefix[:-1], found)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if switches is None:
-            missing.append(prefix + "lora_switches")
-            return
-        on, merged, frozen, *off = switches.tolist()
-        if merged != self.merged:
-            raise ValueError(
-                "one of the two models is merged and the other is not: call unmerge(model) first"
-            )
-        self._enabled, self.when_off = on, "frozen" if frozen else "out"
-        self.ranks_off = [k for k, rank_off in enumerate(off) if rank_off]
+        missing += lacking
+        if not lacking:
+            switches.put(self, found)
 
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
@@ -223,9 +221,10 @@ def inject(
         adapters(model).
 
     Raises:
-        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a
-            model that is injected.
+        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
+            that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
+    refuse_numbers(model)
     if when_off not in ("out", "frozen"):
         raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
     for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
@@ -272,9 +271,19 @@ def put(model, name, layer):
 
 
 def adapters(model):
-    """dict name -> LoRALayer, block by block, linear layers before shortcuts."""
+    """dict name -> LoRALayer, block by block, linear layers before shortcuts.
+
+    Raises:
+        ValueError: not a model.Transformer.
+    """
+    blocks = getattr(model, "layers", [None])
+    if not all(hasattr(block, place) for block in blocks for place in LINEARS + RESIDUALS + CROSS):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, expected a model.Transformer, as "
+            "load_pretrained gives it"
+        )
     found = {}
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(blocks):
         for place in LINEARS + RESIDUALS + CROSS:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)
@@ -390,6 +399,8 @@ def merge(model):
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
             # W <- W + scaling * B A
             layer.base.weight += layer.delta_w()
+    for layer in layers.values():
+        layer.locked = bool(chosen)
     return tuple(chosen)
 
 
@@ -406,6 +417,8 @@ def unmerge(model):
         for layer in merged:
             layer.base.weight.copy_(layer.weight_before_merge)
             layer.weight_before_merge = None
+    for layer in adapters(model).values():
+        layer.locked = False
 
 
 # ------------------------------------------------------------------------------------ adapter files
@@ -450,6 +463,7 @@ def load_adapter(model, path):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
+    refuse_numbers(model)
     if adapters(model):
         raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)

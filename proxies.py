@@ -43,7 +43,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import RESIDUALS, adapters
 from support import distributed
+from support.doors import refuse_batches, refuse_numbers
 
+WITHOUT_DATA = ("constant", "synflow")  # these read no batch
 ALPHA_TOLERANCE = 0.01  # ours: the share of accuracy that alpha_test may lose
 
 
@@ -60,19 +62,15 @@ def score(name, model, batches):
         dict name -> float, in the order of lora.adapters; larger = keep.
 
     Raises:
-        ValueError: unknown proxy, no adapters, a merged model, no batches, or a score that is not
-            finite.
+        ValueError: unknown proxy, a model or batches that refuse_unscorable does not let in, or a
+            score that is not finite.
 
     Warns:
         UserWarning: all scores are zero, so whatever is chosen from them is chosen at random.
     """
     if name not in PROXIES:
         raise ValueError(f"unknown proxy {name!r}, allowed: {', '.join(PROXIES)}")
-    layers = adapters(model)
-    if not layers or any(layer.merged for layer in layers.values()):
-        raise ValueError("scoring needs a model with LoRA modules that are not merged")
-    if not batches:
-        raise ValueError("scoring needs at least one batch")
+    refuse_unscorable(model, batches)
     scores = PROXIES[name](model, batches)
     for module, value in scores.items():
         if not math.isfinite(value):
@@ -87,6 +85,15 @@ def score(name, model, batches):
             stacklevel=2,
         )
     return scores
+
+
+def refuse_unscorable(model, batches):
+    """The door of every score: raises ValueError for a model or batches without one."""
+    layers = adapters(model)
+    refuse_numbers(model)
+    if not layers or any(layer.merged for layer in layers.values()):
+        raise ValueError("scoring needs a model with LoRA modules that are not merged")
+    refuse_batches(model, batches)
 
 
 # ----------------------------------------------------------------------------------- leave no trace

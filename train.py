@@ -31,8 +31,10 @@ from model import load_pretrained
 from relatives import METHODS, single_ranks
 from support import checkpoint, distributed, flags, glue, report, run_folder, seeds, terminal
 from support import run as runs
+from support.errors import one_line
 from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, predict
 from support.run import Run
+from support.settings import effects
 
 
 class CannotGoOn(RuntimeError):
@@ -45,7 +47,7 @@ class CannotGoOn(RuntimeError):
 def set_up(args):
     """Load model and data, inject, build the optimizer. ValueError or OSError on bad input."""
     device, task = distributed.pick_device(args.device), glue.TASKS[args.task]
-    texts, notes = glue.load_splits(args.task, args.data_dir, args.test)
+    texts, notes = glue.load_splits(args.task, args.data_dir, args.test, not args.eval_only)
     model, tokenizer = load_pretrained(
         args.model,
         num_labels=task.num_labels,
@@ -59,7 +61,7 @@ def set_up(args):
         raise ValueError(f"--max-length is {max_length}, {args.model} has {limit} positions")
     (train, dev, test), more = glue.encode_splits(texts, tokenizer, max_length)
     notes += more
-    if model.fresh:
+    if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
     shortcuts = lora.SHORTCUTS[args.shortcuts]
     if args.targets or shortcuts:
@@ -88,7 +90,7 @@ def set_up(args):
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
         if args.delta_start is None:
-            args.delta_start = len(epoch_steps(run, 0)) // 3
+            args.delta_start = 0 if args.eval_only else len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
     run.around = [x for x in (run.delta, run.ranks) if x]
     return run
@@ -164,7 +166,8 @@ def score_batches(run):
     examples = run.train[: run.args.score_batches * run.args.batch_size]
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
     chosen = glue.in_order(examples, run.args.batch_size)
-    return [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
+    batches = [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
+    return terminal.Watched(batches)
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -286,31 +289,55 @@ def prepare(args, stack):
             folder.
     """
     writes = distributed.rank() == 0 and not args.eval_only and not args.dry_run
-    run = None
-    if args.resume:
-        if writes:
-            stack.enter_context(run_folder.locked(Path(args.resume)))
-        run = set_up(args)
-        stored, note = checkpoint.read_last(Path(args.resume))
-        run.notes += [note] if note else []
-        if stored:
-            single_ranks.shrink_to(run.model, stored["parameters"])
-            run.optimizer = make_optimizer(run.model, args, run.ranks)
-            other = runs.restore(run, stored, args.seed)
-            run.notes += [other] if other and not args.eval_only else []
-        elif args.eval_only:
-            raise ValueError(f"{args.resume} has no checkpoint yet: nothing to evaluate")
-        if writes:
-            run.folder = Path(args.resume)
-            run_folder.truncate_log(run.folder, stored["log_lines"] if stored else 0)
-            if run.plan and run.plan.history:
-                runs.write_history(run)
-        return run
+    if args.resume and writes:
+        stack.enter_context(run_folder.locked(Path(args.resume)))
     run = set_up(args)
-    if writes:
+    splits = {"dev": run.dev} if args.eval_only else {"train": run.train, "dev": run.dev}
+    data = {split: glue.fingerprint(examples) for split, examples in splits.items()}
+    lines = resume(run, data) if args.resume else 0
+    if not args.eval_only:
+        parameters = sum(lora.count_trainable(run.model).values())
+        sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
+        run.notes += effects(args, **sizes)
+    if args.resume and writes:
+        run.folder = Path(args.resume)
+        run_folder.truncate_log(run.folder, lines)
+        if run.plan and run.plan.history:
+            runs.write_history(run)
+    elif writes:
         folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.folder = run_folder.create(folder, stack, flags.stored(args))
+        run.folder = run_folder.create(folder, stack, flags.stored(args), data)
     return run
+
+
+def resume(run, data):
+    """Put a run back to its last checkpoint, if it has one; ValueError where it cannot be.
+
+    Args:
+        data: dict split -> fingerprint of what was loaded; a run does not go on with other data.
+
+    Returns:
+        int, how many lines metrics.jsonl had then.
+    """
+    args, folder = run.args, Path(run.args.resume)
+    other = run_folder.other_data(folder, data)
+    if other and not args.eval_only:
+        raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
+    like = checkpoint.expected(run.model, run.optimizer, run.plan, run.delta)
+    stored, note = checkpoint.read_last(folder, like)
+    run.notes += filter(None, (other, note))
+    if not stored:
+        if args.eval_only:
+            raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
+        return 0
+    if not args.eval_only:
+        per_epoch = len(epoch_steps(run, 0))
+        runs.refuse_lost(folder, stored, per_epoch, per_epoch * args.epochs)
+    single_ranks.shrink_to(run.model, stored["parameters"])
+    run.optimizer = make_optimizer(run.model, args, run.ranks)
+    note = runs.restore(run, stored, args.seed)
+    run.notes += [note] if note and not args.eval_only else []
+    return stored["log_lines"]
 
 
 def dry_run(run):
@@ -320,7 +347,7 @@ def dry_run(run):
     loss = train_step(run, epoch_steps(run, 0)[0], run.args.lr)
     metrics = evaluate(run.model, run.task, run.dev[:EVAL_BATCH_SIZE])
     n = min(EVAL_BATCH_SIZE, len(run.dev))
-    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples"
+    return f"dry run: loss {loss:.4f}, {report.show(metrics)} on {n} examples; nothing is written"
 
 
 def main(argv=None):
@@ -339,7 +366,7 @@ def main(argv=None):
                 args = flags.parse_flags(argv)
                 run = prepare(args, stack)
         except (ValueError, OSError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {one_line(error, 600)}", file=sys.stderr)
             return 0 if distributed.rank() else 2
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
@@ -349,10 +376,13 @@ def main(argv=None):
 
 
 def evaluate_only(run):
-    """--eval-only: the metrics of a run as it stands; returns the exit code."""
+    """--eval-only: the metrics of a run as it stands, and of what; returns the exit code."""
+    where = (run.args.task, run.args.data_dir)
+    print(f"{len(run.dev)} examples of {glue.source(*where, 'dev')}")
     print(report.show(evaluate(run.model, run.task, run.dev)))
     evaluate_test(run)
     if run.test_metrics:
+        print(f"{len(run.test)} examples of {glue.source(*where, 'test')}")
         print(f"test: {report.show(run.test_metrics)}")
     return 0
 
@@ -377,7 +407,8 @@ def carry_out(run):
             if run.plan:
                 spent = runs.counts(run.model)[0]
                 control = flags.equal_budget_control(run.args, spent, run.plan.costs)
-            print(runs.finish(run, flags.describe(run.args), control))
+            beside = glue.baselines(run.args.task, run.args.data_dir)
+            print(runs.finish(run, flags.describe(run.args), control, beside))
     except CannotGoOn as error:
         print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
         if run.folder and (run.folder / "checkpoint.pt").exists():

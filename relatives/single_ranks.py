@@ -22,7 +22,7 @@ from torch import nn
 
 import lora
 from allocate import baseline_scores, top, within_budget
-from proxies import factor_gradients
+from proxies import factor_gradients, refuse_unscorable
 from support import distributed
 
 RANK_PROXIES = ("grad_norm", "snip")
@@ -45,6 +45,12 @@ def score_ranks(name, model, batches):
         raise ValueError(
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
+    refuse_unscorable(model, batches)
+    return part_scores(name, model, batches)
+
+
+def part_scores(name, model, batches):
+    """score_ranks without its door, for any model that factor_gradients takes."""
     scores = {}
     for module, ((A, a), (B, b)) in factor_gradients(model, batches).items():
         if name == "grad_norm":
@@ -181,11 +187,14 @@ class RankSteps:
             for name, layer in self.layers.items()
         }
 
-    def adamw(self, lr, weight_decay):
-        """AdamW over the parts and the head, in a fixed order."""
+    def parameters(self):
+        """What an optimizer is built on: the parts, then the head; in a fixed order."""
         pairs = [pair for parts in self.parts.values() for pair in parts]
-        parameters = [*(p for pair in pairs for p in pair), *self.rest]
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return [*(p for pair in pairs for p in pair), *self.rest]
+
+    def adamw(self, lr, weight_decay):
+        """AdamW over parameters()."""
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def on(self):
         """(layer, k, row, column) of every part that is on."""

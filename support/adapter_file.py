@@ -16,7 +16,11 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
+from support.errors import shown
+from support.form import count, finite, misfit
 from support.run_folder import write_atomic
+
+ABOUT = {str: {"r": count, "scaling": finite, "enabled": bool}}
 
 
 def adapter_path(path):
@@ -62,12 +66,12 @@ def read(path, shortcut_norm):
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = {
-            name: {"r": int(a["r"]), "scaling": float(a["scaling"]), "enabled": bool(a["enabled"])}
-            for name, a in json.loads(metadata["adapters"]).items()
-        }
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no adapter of this program: {error!r}") from error
+        about = json.loads(metadata["adapters"])
+    except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no adapter of this program: {shown(error)}") from error
+    wrong = misfit(about, ABOUT, "adapters")
+    if wrong:
+        raise ValueError(f"{path} is no adapter of this program: {wrong}")
     norm = metadata.get("shortcut_norm", "none")
     if norm != shortcut_norm:
         raise ValueError(

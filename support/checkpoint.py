@@ -14,7 +14,8 @@
     generators      | where dropout's generators stand, of every process
     log_lines       | how many lines of metrics.jsonl were written before
 
-Code in the file is never executed (weights_only).
+Code in the file is never executed (weights_only). What was read is checked before anything is made
+of it: against FORM, and, to go on with a run, against what that run has (like).
 
 What this file does not do: the frozen weights (they are reloaded), the adapter alone
 (adapter_file.py).
@@ -23,15 +24,140 @@ What this file does not do: the frozen weights (they are reloaded), the adapter 
 import hashlib
 import io
 import os
-import pickle
+import warnings
 
 import torch
 
 import lora
 from support import distributed, seeds
+from support.form import Maybe, count, finite, misfit
+from support.hf_folder import why_not_loaded
 from support.run_folder import write_atomic
 
 # ------------------------------------------------------------------------------------------ content
+
+
+def tensor(shape=None, dtype=None):
+    """A form (support/form.py): a tensor of finite floats, of this shape and dtype."""
+
+    def fits(value):
+        return (
+            torch.is_tensor(value)
+            and value.is_floating_point()
+            and (shape is None or ((*value.shape,) == (*shape,) and value.dtype == dtype))
+            and bool(value.isfinite().all())
+        )
+
+    fits.__name__ = "finite numbers" + (f" {(*shape,)} of {dtype}" if dtype else "")
+    return fits
+
+
+def groups_like(groups):
+    """A form: an optimizer's groups with these parameters and settings; lr is set at each step."""
+
+    def groups_of_the_flags(value):
+        return len(value) == len(groups) and all(
+            {k: found.get(k) for k in group if k != "lr"}
+            == {k: v for k, v in group.items() if k != "lr"}
+            for found, group in zip(value, groups, strict=True)
+        )
+
+    return groups_of_the_flags
+
+
+def generator_state(value):
+    """A form: what a torch.Generator of the CPU can be set to."""
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def random_bytes(value):
+    """A form: what a torch.Generator of another device might be set to."""
+    return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1
+
+
+ANY = tensor()
+DECISION = {"step": count, "epoch": count, "scores": dict, "on": dict}
+FORM = {  # of every checkpoint
+    "parameters": {str: ANY},
+    "optimizer": {
+        "state": {int: dict},
+        "param_groups": [dict],
+    },
+    "on": {str: bool},
+    "ranks_off": {str: [count]},
+    "plan": Maybe({"history": [DECISION], "rng": generator_state}),
+    "delta": Maybe(
+        {
+            "t": count,
+            "begin": {str: (ANY, ANY)},
+            "ended": {str: [(ANY, ANY, int)]},
+            "weights": {str: ANY},
+        }
+    ),
+    "position": {"epoch": count, "step_in_epoch": count, "step": count},
+    "metrics": {
+        "best": Maybe({str: finite}),
+        "last": Maybe({str: finite}),
+        "seconds": finite,
+        "score_seconds": finite,
+    },
+    "generators": [{"cpu": generator_state, "cuda": Maybe(random_bytes)}],
+    "log_lines": count,
+}
+
+
+def finite_state(value):
+    """A form: what an optimizer other than AdamW keeps of a parameter; its keys are its own."""
+    return type(value) is dict and all(ANY(v) or finite(v) for v in value.values())
+
+
+def form_of(state, like):
+    """The form of a checkpoint that fits one run: the names, shapes and dtypes of that run.
+
+    Args:
+        state: of the form FORM; what may be absent (moments, stretches) is looked for in it.
+        like: what `expected` gives of the run before its first step.
+    """
+    parts = any(torch.is_tensor(p) for p in like["stepped"])  # the factors keep their shape then
+    kept = {}  # of single ranks: how many rank-one parts each module has
+    for decision in state["plan"]["history"] if state["plan"] and not parts else []:
+        kept |= {n: len(on) for n, on in decision["on"].items() if type(on) is list and on}
+    shapes = {}
+    for name, p in like["parameters"].items():
+        module, _, key = name.rpartition(".")
+        r = kept.get(module) if key in ("lora_A", "lora_B") else None
+        shape = p.shape if r is None else (r, p.shape[1]) if key == "lora_A" else (p.shape[0], r)
+        shapes[name] = tensor(shape, p.dtype)
+    step, seen = tensor((), torch.float32), state["optimizer"]["state"]
+    stepped = [shapes[p] if type(p) is str else tensor(p.shape, p.dtype) for p in like["stepped"]]
+    moments = [{"step": step, "exp_avg": s, "exp_avg_sq": s} for s in stepped]
+    moments = moments if like["adamw"] else [finite_state] * len(stepped)
+    form = FORM | {
+        "parameters": shapes,
+        "optimizer": {
+            "state": {i: form for i, form in enumerate(moments) if i in seen},
+            "param_groups": groups_like(like["optimizer"]["param_groups"]),
+        },
+        "on": dict.fromkeys(like["on"], bool),
+        "ranks_off": {name: [count] for name in like["on"]},
+        "plan": like["plan"] and FORM["plan"].form,
+        "delta": like["delta"] and FORM["delta"].form,
+    }
+    if like["delta"] and state["delta"]:
+        ended, weights = like["delta"]["ended"], like["delta"]["weights"]
+        pair = {n: (shapes[f"{n}.lora_A"], shapes[f"{n}.lora_B"]) for n in ended}
+        begun = {n: pair[n] for n in ended if n in state["delta"]["begin"]}
+        form["delta"] = {
+            "t": count,
+            "begin": begun,
+            "ended": {n: [(*pair[n], int)] for n in ended},
+            "weights": {n: tensor(w.shape, w.dtype) for n, w in weights.items()},
+        }
+    return form
 
 
 def capture(model, optimizer, plan, delta):
@@ -43,6 +169,18 @@ def capture(model, optimizer, plan, delta):
         "ranks_off": {name: layer.ranks_off for name, layer in lora.adapters(model).items()},
         "plan": plan.state() if plan else None,
         "delta": delta.state() if delta else None,
+    }
+
+
+def expected(model, optimizer, plan, delta):
+    """What a checkpoint has to be like to fit a run that was set up: for form_of."""
+    names = {id(p): name for name, p in lora.trainable(model).items()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        **capture(model, optimizer, plan, delta),
+        "adamw": type(optimizer) is torch.optim.AdamW,
+        # a name of trainable, or the tensor itself: single ranks that go on and off
+        "stepped": [names.get(id(p), p.detach()) for p in stepped],
     }
 
 
@@ -72,7 +210,7 @@ def restore(state, model, optimizer, plan, delta, device, seed):
             parameter.copy_(state["parameters"][name])
     lora.switch(model, {name for name, on in state["on"].items() if on})
     for name, layer in lora.adapters(model).items():
-        layer.ranks_off = state.get("ranks_off", {}).get(name, [])
+        layer.ranks_off = state["ranks_off"][name]
     if plan:
         plan.load(state["plan"])
     if delta:
@@ -113,20 +251,30 @@ def read(path):
     """The dict in one checkpoint file.
 
     Raises:
-        ValueError: damaged. FileNotFoundError: not there.
+        ValueError: damaged, of another form than FORM, or a pickle with code.
+        FileNotFoundError: not there.
     """
     content = path.read_bytes()
     body, digest = content[:-32], content[-32:]
     if hashlib.sha256(body).digest() != digest:
         raise ValueError(f"{path} is damaged: its checksum is wrong")
     try:
-        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings(action="ignore"):  # torch's, of formats that it refuses
+            state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: zip, pickle, EOF, runtime
+        raise ValueError(f"{path} {why_not_loaded(error)}") from error
+    wrong = misfit(state, FORM)
+    if wrong:
+        raise ValueError(f"{path} is no checkpoint of a run: {wrong}")
+    return state
 
 
-def read_last(folder):
-    """The last checkpoint that is whole.
+def read_last(folder, like=None):
+    """The last checkpoint that is whole, and fits.
+
+    Args:
+        folder: pathlib.Path of the run.
+        like: what it has to fit, `expected` of the run before its first step; None = anything.
 
     Returns:
         (state, note): state is None where the run stopped before its first checkpoint; note says
@@ -139,6 +287,9 @@ def read_last(folder):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         try:
             state = read(folder / name)
+            wrong = misfit(state, form_of(state, like)) if like else ""
+            if wrong:
+                raise ValueError(f"{folder / name} does not fit the run: {wrong}")
         except FileNotFoundError:
             continue
         except ValueError as error:

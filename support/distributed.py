@@ -24,6 +24,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from support.errors import one_line, shown
+
 _parent = None  # process id of torchrun
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -95,9 +97,12 @@ def pick_device(name):
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # before anything is put on it
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it has shapes and no numbers")
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name!r} cannot be used: {reason}; try cpu") from error
+        raise ValueError(
+            f"--device {shown(name)} cannot be used: {one_line(error, 150)}; try cpu"
+        ) from error
     return device
 
 

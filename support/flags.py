@@ -3,7 +3,8 @@
 A method is a combination of flags; a preset is nothing but a documented set of them, and a flag
 that is given wins over it. Bad input is a ValueError with one line: what, got, allowed.
 
-What this file does not do: look at data, models or devices (train.py does).
+What this file does not do: say which flags go together (settings.py), look at data, models or
+devices (train.py does).
 """
 
 import argparse
@@ -15,8 +16,10 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import METHODS, single_ranks
+from relatives import METHODS
 from support import glue, run_folder
+from support.errors import shown
+from support.settings import refuse_conflicts
 
 # -------------------------------------------------------------------------------------------- flags
 
@@ -29,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, open_high=False):
-    """An argparse type: a finite int or float from low to high."""
+    """An argparse type: a finite int or float from low to high; an int has 64 bits at most."""
 
     def parse(text):
         try:
@@ -38,13 +41,16 @@ def number(kind, low, high=math.inf, open_high=False):
                 not math.isfinite(value)
                 or not low <= value <= high
                 or (open_high and value == high)
+                or (kind is int and value >= 2**63)
             )
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: an int that no float can hold
             wrong = True
         if wrong:
             what = "an integer" if kind is int else "a number"
-            upper = f" {'below' if open_high else 'to'} {high}" if high < math.inf else " up"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low}{upper}")
+            upper = " up to 2**63 - 1" if kind is int else " up"
+            if high < math.inf:
+                upper = f" {'below' if open_high else 'to'} {high}"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what} from {low}{upper}")
         return value
 
     return parse
@@ -128,7 +134,11 @@ FLAGS = {  # name: (type, default, help)
         "out",
         "what is switched off goes out of the forward pass, as released, or stays in it, frozen",
     ),
-    "every": (number(float, 1e-9), 0.5, "epochs between two decisions, counted inside each epoch"),
+    "every": (
+        number(float, 1e-9, 1),
+        0.5,
+        "part of an epoch between two decisions, counted inside each epoch",
+    ),
     "score-batches": (number(int, 1), 4, "first batches of the training set that are scored"),
     "ranking": (
         one_of("together", "apart"),
@@ -223,7 +233,9 @@ def parse_flags(argv):
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
     refuse_old_spellings(sys.argv[1:] if argv is None else argv)
-    given = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
+    given = vars(found)
     defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
     if given["resume"] is None:
         if given["eval_only"]:
@@ -238,6 +250,16 @@ def parse_flags(argv):
             )
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
+
+
+def refuse_unknown(words, known):
+    """Raises ValueError where words are left that are no flag; a near miss is told the nearest."""
+    if not words:
+        return
+    flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+    near = difflib.get_close_matches(flag, [f"--{name}" for name in known], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists all"
+    raise ValueError(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def refuse_old_spellings(argv):
@@ -335,39 +357,3 @@ def equal_budget_control(args, spent, costs):
         f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in given.items()
     )
     return f"python train.py {text}", r * one
-
-
-def refuse_conflicts(given, args):
-    """Flags that contradict each other, or would do nothing, are refused rather than ignored."""
-    budget, allocation = args["budget_params"], args["allocate"]
-    if allocation == "none":
-        useless = [f for f in ("keep", "budget_params", "every", "proxy", "ranking") if f in given]
-        if useless or args["per_rank"] == "yes":
-            flag = (useless or ["per_rank"])[0].replace("_", "-")
-            raise ValueError(f"--{flag} needs --allocate static or dynamic: nothing is allocated")
-    elif not args["targets"] and args["shortcuts"] == "none":
-        raise ValueError(f"--allocate {allocation} needs modules: give --targets or --shortcuts")
-    if budget is not None and "keep" in given:
-        raise ValueError("--keep and --budget-params are two budgets: give one")
-    if args["per_rank"] == "yes" and (budget is None or args["proxy"] not in single_ranks.CHOICES):
-        raise ValueError(
-            "--per-rank yes needs --budget-params N and a --proxy out of "
-            f"{', '.join(single_ranks.CHOICES)}"
-        )
-    if args["when_off"] == "frozen" and allocation != "dynamic":
-        raise ValueError(
-            "--when-off frozen needs --allocate dynamic: else nothing that has learned goes off"
-        )
-    if args["delta_ratio"] == 0:
-        if "delta_start" in given or args["delta_lazy"] == "yes":
-            raise ValueError("--delta-start and --delta-lazy need --delta-ratio other than 0")
-        return
-    if args["lora_dropout"]:
-        raise ValueError("--delta-ratio needs --lora-dropout 0: dropout breaks dL/d(BA) = s dL/dW")
-    if not args["targets"]:
-        raise ValueError("--delta-ratio needs --targets: shortcuts have no weight to move")
-    reads_weights = ("synflow", "synflow_released", "snip_slot")
-    if args["delta_lazy"] == "yes" and allocation != "none" and args["proxy"] in reads_weights:
-        raise ValueError(
-            f"--proxy {args['proxy']} reads the weights, which --delta-lazy leaves behind"
-        )

@@ -14,6 +14,8 @@ What this file does not do: WordPiece or BPE themselves (tokenizers does), augme
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from support import download
-from support.errors import one_line
+from support.errors import one_line, shown
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "paraphrase"
 GROUP = 50  # batches that are sorted by length together
@@ -46,7 +48,7 @@ class Task:
     hub_dev: str = "validation"
     test: str = "test.tsv"
     hub_test: str = "test"
-    skip_short_rows: bool = False  # QQP's released file has a few rows that lack columns
+    skip_ragged_rows: bool = False  # QQP's released file has a few rows that lack columns
 
     @property
     def num_labels(self):
@@ -71,7 +73,7 @@ TASKS = {
         BINARY,
         ("accuracy", "f1"),
         ("question1", "question2"),
-        skip_short_rows=True,
+        skip_ragged_rows=True,
     ),
     "mnli": Task(
         "MNLI",
@@ -100,17 +102,18 @@ TASKS = {
 # ------------------------------------------------------------------------------------------ reading
 
 
-def load_task(name, data_dir=None):
+def load_task(name, data_dir=None, train=True):
     """Texts and labels of a task.
 
     Args:
         name: a key of TASKS.
         data_dir: folder with train.tsv and dev.tsv, or with GLUE's folder of the task (MRPC/, RTE/,
             …); None = shipped (paraphrase), else the cache, else the hub.
+        train: bool, whether the training set is wanted.
 
     Returns:
-        (train, dev): lists of (texts, label); texts is a tuple of one or two strings, label an int
-        (float for regression).
+        (train, dev): lists of (texts, label), train None where it is not wanted; texts is a tuple
+        of one or two strings, label an int (float for regression).
 
     Raises:
         ValueError: unknown task; a file, a line or a label that is wrong, with file and line
@@ -120,11 +123,13 @@ def load_task(name, data_dir=None):
     folder = task_folder(name, data_dir)
     task = TASKS[name]
     if folder is None:
-        return tuple(load_from_hub(name, ("train", task.hub_dev)))
-    train, dev = read_tsv(folder / "train.tsv", task), read_tsv(folder / task.dev, task)
-    if len(train) > 1 and one_label(train):
-        raise ValueError(f"{folder / 'train.tsv'}: all {len(train)} examples have one label")
-    return train, dev
+        found, dev = load_from_hub(name, ("train", task.hub_dev))
+        return found if train else None, dev
+    found = read_tsv(folder / "train.tsv", task) if train else None
+    dev = read_tsv(folder / task.dev, task)
+    if train and len(found) > 1 and one_label(found):
+        raise ValueError(f"{folder / 'train.tsv'}: all {len(found)} examples have one label")
+    return found, dev
 
 
 def load_test(name, data_dir=None):
@@ -183,18 +188,33 @@ def task_folder(name, data_dir):
     return folder
 
 
-def load_splits(name, data_dir=None, test=False):
-    """Train, dev, and the test set where it is asked for and has labels.
+def source(name, data_dir, split):
+    """Where the examples of "dev" or "test" lie, in words. Raises as load_task."""
+    folder, task = task_folder(name, data_dir), TASKS[name]
+    if folder is None:
+        return f"nyu-mll/glue, {name}, {getattr(task, f'hub_{split}')}"
+    return str(folder / getattr(task, split))
+
+
+def load_splits(name, data_dir=None, test=False, train=True):
+    """Train and dev, and the test set where it is asked for and has labels.
 
     Returns:
-        ((train, dev, test), notes): test may be None; notes are lines for the person who asked.
+        ((train, dev, test), notes): train is None where it is not wanted, test may be None; notes
+        are lines for the person who asked.
     """
-    train, dev = load_task(name, data_dir)
+    train, dev = load_task(name, data_dir, train)
     found, note = load_test(name, data_dir) if test else (None, "")
     notes = [note] if note else []
     if TASKS[name].labels and one_label(dev):
         notes.append("all development examples have one label: the metrics say little")
     return (train, dev, found), notes
+
+
+def baselines(name, data_dir=None):
+    """dict of what else was measured on the embedded task -> accuracy on dev; {} for others."""
+    path = EMBEDDED / "baselines.json"
+    return json.loads(path.read_text()) if name == "paraphrase" and data_dir is None else {}
 
 
 def one_label(examples):
@@ -212,6 +232,8 @@ def read_tsv(path, task):
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} ({error.reason})") from error
+    if len(lines) == 1 and "\r" in lines[0].removesuffix("\r"):
+        raise ValueError(f"{path}: its lines end in CR alone: write it with LF, or with CR LF")
     rows = [line.removesuffix("\r").split("\t") for line in lines]
     wanted, first = (*task.columns, task.label), 1
     if isinstance(task.label, str):  # a header, of which CoLA has none
@@ -223,16 +245,16 @@ def read_tsv(path, task):
             )
         wanted, first = tuple(rows[0].index(c) for c in wanted), 2
     *columns, label = wanted
+    width = len(rows[0]) if first == 2 else max(wanted) + 1
     examples = []
     for number, row in enumerate(rows[first - 1 :], first):
         if row == [""]:
             continue
-        if len(row) <= max(wanted):
-            if task.skip_short_rows:
+        if len(row) != width:
+            if task.skip_ragged_rows:
                 continue
-            raise ValueError(
-                f"{path}:{number}: {len(row)} columns, expected {max(wanted) + 1} or more"
-            )
+            more = ": is there a tab in a text?" if len(row) > width else ""
+            raise ValueError(f"{path}:{number}: {len(row)} columns, expected {width}{more}")
         examples.append(
             (tuple(row[c] for c in columns), read_label(row[label], task, f"{path}:{number}"))
         )
@@ -244,14 +266,15 @@ def read_tsv(path, task):
 def read_label(text, task, where):
     if task.labels:
         if text not in task.labels:
-            raise ValueError(f"{where}: label {text!r}, allowed: {', '.join(task.labels)}")
+            allowed = ", ".join(task.labels)
+            raise ValueError(f"{where}: label {shown(text)}, allowed: {allowed}")
         return task.labels.index(text)
     try:
         score = float(text)
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise ValueError(f"{where}: label {text!r}, expected a number")
+        raise ValueError(f"{where}: label {shown(text)}, expected a number")
     return score
 
 
@@ -328,6 +351,14 @@ def encode_splits(splits, tokenizer, max_length):
     return encoded, [
         f"{cut} examples are longer than {max_length} tokens: truncated"
     ] if cut else []
+
+
+def fingerprint(examples):
+    """What tells encoded examples from others: their number, and SHA-256 of ids and labels."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(repr((e["input_ids"], e["token_type_ids"], e["label"])).encode())
+    return {"examples": len(examples), "sha256": digest.hexdigest()}
 
 
 # ----------------------------------------------------------------------------------------- batching

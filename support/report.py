@@ -23,6 +23,7 @@ def table(
     decisions,
     folder,
     control,
+    baselines,
 ):
     """The last lines of a run.
 
@@ -35,6 +36,7 @@ def table(
         decisions: int, 0 where nothing is allocated.
         folder: the run folder.
         control: (command, parameters) of the run to compare with, or None.
+        baselines: dict name -> accuracy on the same data; may be empty.
     """
     rows = {
         "method": method,
@@ -45,6 +47,8 @@ def table(
     }
     if stored == adapters:
         del rows["stored"]
+    if baselines:
+        rows["beside it"] = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     if test:
         rows["test"] = show(test)
     rows["seconds"] = f"{seconds:.1f}"

@@ -32,7 +32,7 @@ class Run:
     task: glue.Task
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    train: list  # encoded examples
+    train: list | None  # encoded examples; None with --eval-only
     dev: list
     test: list | None  # with labels, and asked for
     device: torch.device
@@ -82,6 +82,21 @@ def save(run):
         checkpoint.write(run.folder, {**state, "generators": generators, "log_lines": lines})
 
 
+def refuse_lost(folder, state, per_epoch, total):
+    """Raises ValueError where a checkpoint says that it is at a step that the run does not have.
+
+    Args:
+        folder: for the words. state: of the checkpoint.
+        per_epoch, total: int, steps of an epoch and of the run.
+    """
+    epoch, step_in_epoch, step = (state["position"][key] for key in PROGRESS["position"])
+    counted = epoch * per_epoch + step_in_epoch
+    known = bool(epoch) == bool(state["metrics"]["last"])
+    if step != counted or step_in_epoch > per_epoch or counted > total or not known:
+        at = f"step {step}, {step_in_epoch} of epoch {epoch}"
+        raise ValueError(f"the checkpoint in {folder} is at {at}: no step of this run")
+
+
 def restore(run, state, seed):
     """Put a checkpoint back into a Run that was set up from the same flags, seed among them.
 
@@ -108,11 +123,12 @@ def counts(model):
     return sum(found.values()) - head, head, sum(kept.values()) - head
 
 
-def finish(run, method, control):
+def finish(run, method, control, baselines):
     """Write the adapter and the last line of the log.
 
     Args:
         method: str, the method in one line. control: (command, parameters), or None.
+        baselines: dict name -> accuracy of what stands beside the result; may be empty.
 
     Returns:
         the table that is printed.
@@ -147,4 +163,5 @@ def finish(run, method, control):
         decisions=len(run.plan.history) if run.plan else 0,
         folder=run.folder,
         control=control,
+        baselines=baselines,
     )

@@ -1,6 +1,6 @@
 """The run folder: what a run leaves behind, written so that nothing is ever half there.
 
-    config.json           all flags, versions, git commit
+    config.json           all flags, fingerprints of the data, versions, git commit
     metrics.jsonl         one JSON object a line; "event" = train | eval | score | done
     allocation.json       every decision: scores, and what is on
     checkpoint.pt         the state of the run, and checkpoint.previous.pt (checkpoint.py)
@@ -24,6 +24,11 @@ import numpy
 import safetensors
 import tokenizers
 import torch
+
+from support.errors import one_line
+from support.form import count, misfit
+
+FINGERPRINT = {"examples": count, "sha256": str}
 
 
 def write_atomic(path, content):
@@ -78,13 +83,13 @@ def locked(folder):
         yield
 
 
-def create(folder, stack, flags):
+def create(folder, stack, flags, data):
     """Make a new run folder and hold its lock.
 
     Args:
         folder: pathlib.Path, new or empty.
         stack: contextlib.ExitStack that lets the lock go.
-        flags: dict, what config.json stores.
+        flags: dict, and data: dict split -> fingerprint, what config.json stores.
 
     Returns:
         folder.
@@ -95,7 +100,7 @@ def create(folder, stack, flags):
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(folder))
     refuse_filled(folder)
-    write_json(folder / "config.json", {"flags": flags, "versions": versions()})
+    write_json(folder / "config.json", {"flags": flags, "data": data, "versions": versions()})
     return folder
 
 
@@ -111,18 +116,44 @@ def refuse_filled(folder):
         )
 
 
-def read_config(folder):
-    """The flags of a run. Raises FileNotFoundError or ValueError where there are none to read."""
+def read_json(path):
+    """What a JSON file holds. Raises ValueError, in one line, where it is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+
+
+def read_config(folder, key="flags"):
+    """A part of a run's config.json: "flags", or "data", which is {} in a run that has none.
+
+    Raises:
+        FileNotFoundError: no run folder. ValueError: not the config.json of a run.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
-    try:
-        flags = json.loads(path.read_text())["flags"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the config.json of a run: {error}") from error
-    if not isinstance(flags, dict):
-        raise ValueError(f"{path} is not the config.json of a run: its flags are {flags!r}")
-    return flags
+    content = read_json(path)
+    wrong = misfit(content, dict) or misfit(content.get("flags"), dict, "flags")
+    wrong = wrong or misfit(content.get("data", {}), {str: FINGERPRINT}, "data")
+    if wrong:
+        raise ValueError(f"{path} is not the config.json of a run: {wrong}")
+    return content.get(key, {})
+
+
+def other_data(folder, data):
+    """In what a run's data differs from other data, in words; "" where it does not.
+
+    Args:
+        data: dict split -> fingerprint of encoded examples, "train" and "dev" or one of them.
+    """
+    stored = read_config(folder, "data")
+    for split in data:
+        if stored.get(split, data[split]) != data[split]:
+            before, now = stored[split]["examples"], data[split]["examples"]
+            what = f"{before} examples, not these {now}" if before != now else "other examples"
+            return f"{folder} has other data: its {split} set had {what}"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -135,10 +166,24 @@ def log(folder, event, **values):
 
 
 def read_log(folder):
-    """All lines of metrics.jsonl, as dicts; a last line that a crash cut short is left out."""
+    """All lines of metrics.jsonl, as dicts; a last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: a line that is no event, with file and line number.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not JSON: {one_line(error)}") from error
+        wrong = misfit(event, dict, "the line") or misfit(event.get("event"), str, "its event")
+        if wrong:
+            raise ValueError(f"{path}:{number}: {wrong}")
+        events.append(event)
+    return events
 
 
 def truncate_log(folder, lines):

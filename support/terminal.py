@@ -36,6 +36,17 @@ def warnings_as_notes():
         yield
 
 
+class Watched(list):
+    """Batches that show a bar while they are read, where that takes more than a second."""
+
+    def __iter__(self):
+        return iter(tqdm(list(super().__iter__()), "scoring", delay=1, leave=False, unit="batch"))
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Watched(found) if isinstance(index, slice) else found
+
+
 @contextlib.contextmanager
 def silent():
     """Nothing is printed; under torchrun only one process speaks."""

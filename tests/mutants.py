@@ -31,6 +31,7 @@ WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
+SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
@@ -47,10 +48,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("lora.py", "layer.base.weight += layer.delta_w()", "layer.base.weight += layer.delta_w() / layer.scaling", "merge without the scale", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "copy_(layer.weight_before_merge)", "sub_(layer.delta_w())", "unmerge by subtraction", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
     ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if isinstance(a.base, nn.Linear)}", "merge takes modules that are off", f"{LORA}::test_merge_keeps_the_logits_and_unmerge_the_bits"),
-    ("lora.py", "    model.requires_grad_(False)\n", "", "nothing is frozen", f"{LORA}::test_trainable_set_and_counts"),
+    ("lora.py", "    model.requires_grad_(False)\n    for", "    for", "nothing is frozen", f"{LORA}::test_trainable_set_and_counts"),
     ("lora.py", "self.lora_alpha = self.scaling * self.r", "self.scaling = self.lora_alpha / self.r", "fewer ranks change the scale", f"{HETERO}::test_ranks_within_a_budget"),
     ("lora.py", "lora_B.detach()[:, kept]", "lora_B.detach()[:, : len(kept)]", "kept rows of A with other columns of B", f"{HETERO}::test_kept_ranks_compute_what_they_did"),
-    ("lora.py", "alpha = (d, d), shortcut_alpha", "alpha = (d, d), lora_alpha", "shortcuts with the modules' alpha", f"{SHORTCUTS}::test_number_of_shortcuts"),
+    ('lora.py', '(LoRALayer, shortcut_alpha)', '(LoRALayer, lora_alpha)', "shortcuts with the modules' alpha", f"{SHORTCUTS}::test_number_of_shortcuts"),
     # -------------------------------------------------------------------- model.py: attention, shortcuts
     ("model.py", "x = self.residual_1(sa_input) + self.drop(h)", "x = self.residual_1(h) + self.drop(sa_input)", "residual_1 on the wrong summand", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "x = self.residual_2(ffn_input)", "x = self.residual_2(sa_input)", "residual_2 around both sub-layers", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
@@ -66,10 +67,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "+ c.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
-    ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() ** 2 + b.norm() ** 2).sqrt().item()", "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
-    ("proxies.py", "(a.norm() + b.norm()).item()", "(a.norm() + b.norm()).item() ** 2", "grad_norm squared", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
-    ("proxies.py", "(layer.lora_A * a).abs().sum() + (layer", "(layer.lora_A * a).sum().abs() + (layer", "snip: absolute value of the sum", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
-    ("proxies.py", "+ (layer.lora_B * b).abs().sum()).item()", ").item()", "snip without B", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
+    ('proxies.py', 'sum(g.norm() for _, g in found).item()', 'sum(g.norm() ** 2 for _, g in found).sqrt().item()', "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
+    ('proxies.py', 'sum(g.norm() for _, g in found).item()', 'sum(g.norm() ** 2 for _, g in found).item()', "grad_norm squared", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
+    ('proxies.py', 'sum((p * g).abs().sum() for p, g in found)', 'sum((p * g).sum().abs() for p, g in found)', "snip: absolute value of the sum", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
+    ('proxies.py', 'sum((p * g).abs().sum() for p, g in found)', 'sum((p * g).abs().sum() for p, g in found[:1])', "snip without B", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
     ("proxies.py", "parameter.data.abs_()", "parameter.data.neg_()", "synflow without absolute values", f"{PROXIES}::test_synflow_by_finite_differences"),
     ("proxies.py", "        block.attn_norm = block.ffn_norm = nn.Identity()\n", "", "synflow with LayerNorm", f"{PROXIES}::test_synflow_conserves_and_reaches_everything"),
     ("proxies.py", "(s / s.detach()) @ v", "(s.detach() / s.detach()) @ v", "synflow: no flow through q and k", f"{PROXIES}::test_exactly_zero_at_b_zero_and_said"),
@@ -85,10 +86,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "            layer.enabled, layer.ranks_off = on[name]\n", "            pass\n", "scoring leaves everything on", f"{PROXIES}::test_nothing_is_left_behind"),
     ("proxies.py", "            module.training = mode\n", "            pass\n", "scoring leaves eval mode", f"{PROXIES}::test_nothing_is_left_behind"),
     ("proxies.py", "                layer.base = bases[name]\n", "                pass\n", "slots leave dense bases behind", f"{PROXIES}::test_nothing_is_left_behind"),
-    ("proxies.py", "a.norm(dim=1) + b.norm(dim=0)", "a.norm(dim=1) + b.norm()", "rank scores share B's whole norm", f"{PROXIES}::test_rank_scores_are_those_of_the_rows_and_columns"),
+    ('relatives/single_ranks.py', 'a.norm(dim=1) + b.norm(dim=0)', 'a.norm(dim=1) + b.norm()', "rank scores share B's whole norm", f"{PROXIES}::test_rank_scores_are_those_of_the_rows_and_columns"),
     # -------------------------------------------------------------------------------- allocate.py
-    ("allocate.py", "math.floor(keep * len(modules)), round", "round(keep * len(modules)), round", "round for modules", f"{ALLOCATE}::test_counts_are_floor_for_modules_and_round_for_shortcuts"),
-    ("allocate.py", "round(keep * len(shortcuts))", "math.floor(keep * len(shortcuts))", "floor for shortcuts", f"{ALLOCATE}::test_counts_are_floor_for_modules_and_round_for_shortcuts"),
+    ('allocate.py', 'math.floor(keep * (len(names) - shortcuts))', 'round(keep * (len(names) - shortcuts))', "round for modules", f"{ALLOCATE}::test_counts_are_floor_for_modules_and_round_for_shortcuts"),
+    ('allocate.py', 'round(keep * shortcuts)', 'math.floor(keep * shortcuts)', "floor for shortcuts", f"{ALLOCATE}::test_counts_are_floor_for_modules_and_round_for_shortcuts"),
     ("allocate.py", "sorted(scores.values(), reverse=True)", "sorted(scores.values())", "the worst are kept", f"{ALLOCATE}::test_counts_are_floor_for_modules_and_round_for_shortcuts"),
     ("allocate.py", "set(shuffled(tied, generator)[", "set(sorted(tied)[", "ties by name", f"{ALLOCATE}::test_ties_at_the_cut_are_uniform_and_the_rest_is_fixed"),
     ("allocate.py", "names = sorted(names)\n", "names = list(names)\n", "ties depend on the order of names", f"{ALLOCATE}::test_ties_do_not_depend_on_the_order_of_the_names"),
@@ -120,15 +121,15 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("delta_lora.py", "        if lazy:\n", "        for layer in self.layers.values():\n            layer.register_forward_hook(lambda m, _x, _h: m.base.weight.data.add_(1e-4 * m.delta_w().data) is None or None)\n        if lazy:\n", "update in forward", f"{DELTA}::test_weights_move_first_after_step_k_plus_2"),
     # ----------------------------------------------------------------------------------- train.py
     ("train.py", "* (len(indices) / total)\n", "/ len(group)\n", "micro-batches weigh alike", f"{TRAIN}::test_accumulation_equals_one_large_batch"),
-    ("train.py", "args.lr * step / args.warmup", "args.lr * (step + 1) / args.warmup", "warm-up starts above 0", f"{TRAIN}::test_learning_rates"),
+    ('train.py', 'lr * step / warmup', 'lr * (step + 1) / warmup', "warm-up starts above 0", f"{TRAIN}::test_learning_rates"),
     ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", f"{HETERO}::test_on_off_on_keeps_weights_and_moments"),
-    ("hetero.py", "layer.enabled = name in on", "layer.enabled = name not in on", "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
+    ('lora.py', 'layer.enabled = name in on', 'layer.enabled = name not in on', "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("support/checkpoint.py", '        torch.set_rng_state(state["generators"][rank]["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
-    ("state.py", "        layer.enabled = state[\"on\"].get(name, True)\n", "", "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
+    ('support/checkpoint.py', 'lora.switch(model, {name for name, on in state["on"].items() if on})', 'lora.switch(model, set(state["on"]))', "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
     ("train.py", "        part.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
-    ("train.py", "name.rpartition(\".\")[0] in on]", "True]", "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
+    ('lora.py', 'if id(p) not in off}', '}', "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("model.py", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -1.0)", "padding is attended to a little", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # ------------------------------------------------------------------------- model folders, families
     ("model.py", "    hf_folder.check_sizes(tensors, config)\n", "", "sizes of config.json unchecked", f"{READERS}::test_sizes_that_no_tensor_confirms"),
@@ -148,10 +149,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/download.py", "        huggingface_hub.get_cached_repo_tree(repo, **how)  #", "        #", "a part of a model taken for the whole", f"{FOLDER}::test_a_part_of_a_model_is_not_taken_for_the_whole"),
     ("support/download.py", "revision or REVISIONS.get(repo)", "revision", "the newest in place of the pinned", f"{FOLDER}::test_fetching_from_the_hub"),
     # ------------------------------------------------------------------- runs.py, distributed.py, state.py
-    ("runs.py", "if hashlib.sha256(body).digest() != digest:", "if False:", "damaged checkpoints are read", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
-    ("runs.py", '        os.replace(path, folder / "checkpoint.previous.pt")\n', "        pass\n", "no checkpoint before the last", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
-    ("runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "two runs share a folder", f"{FAULTS}::test_two_runs_in_one_folder"),
-    ("runs.py", '"wb") as file:\n            file.write(content)', '"wb") as file:\n            os.replace(temporary, path)\n            file.write(content)', "renamed before it is written", f"{FAULTS}::test_a_killed_run_resumes_to_the_same_bits"),
+    ('support/checkpoint.py', 'if hashlib.sha256(body).digest() != digest:', 'if False:', "damaged checkpoints are read", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
+    ('support/checkpoint.py', '        os.replace(path, folder / "checkpoint.previous.pt")\n', '        pass\n', "no checkpoint before the last", f"{FAULTS}::test_a_damaged_checkpoint_gives_way_to_the_one_before_it"),
+    ('support/run_folder.py', 'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB', "two runs share a folder", f"{FAULTS}::test_two_runs_in_one_folder"),
+    ('support/run_folder.py', '"wb") as file:\n            file.write(content)', '"wb") as file:\n            os.replace(temporary, path)\n            file.write(content)', "renamed before it is written", f"{FAULTS}::test_a_killed_run_resumes_to_the_same_bits"),
     ("support/distributed.py", "return items[rank() :: world()]", "return items", "every process takes the whole batch", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("support/distributed.py", "    exchange(dist.all_reduce, flat, group=group(flat.device.type))\n", "", "gradients are not summed", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("support/distributed.py", "dtype=torch.float64) / world()  #", "dtype=torch.float64)  #", "scores are summed over processes", f"{DISTRIBUTED}::test_two_processes_equal_one"),
@@ -175,7 +176,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "        if shortcut.in_forward:\n            x = x +", "        if shortcut.enabled:\n            x = x +", "a frozen shortcut is left out", f"{WHEN_OFF}::test_out_leaves_and_frozen_stays"),
     ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if a.enabled and isinstance(a.base, nn.Linear)}", "frozen modules do not merge", f"{WHEN_OFF}::test_frozen_modules_merge_too"),
     ("lora.py", '"enabled": layer.in_forward}', '"enabled": layer.enabled}', "the file leaves out what is frozen", f"{WHEN_OFF}::test_a_saved_adapter_loads_to_equal_logits"),
-    ("lora.py", 'on, "frozen" if frozen else "out"', "on, self.when_off", "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
+    ('support/switches.py', 'on, "frozen" if frozen else "out"', 'on, layer.when_off', "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
     ("lora.py", "if layer.lora_B[:, k].any()}", "if layer.lora_A[k].any()}", "stored: what never learned counts", f"{WHEN_OFF}::test_trainable_at_once_and_stored"),
     ("delta_lora.py", "            if layer.in_forward:\n", "            if layer.enabled:\n", "the export leaves out what is frozen", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
     ("delta_lora.py", "if not layer.enabled:\n                self.end", "if not layer.in_forward:\n                self.end", "a frozen module's stretch goes on", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
@@ -190,7 +191,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/single_ranks.py", "            layer.lora_B[:, k] = column\n", "", "B does not get its step", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("relatives/single_ranks.py", "            layer.lora_A.grad = layer.lora_B.grad = None\n", "            pass\n", "gradients of factors add up over steps", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
-    ("support/checkpoint.py", 'state.get("ranks_off", {}).get(name, [])', "[]", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
+    ("support/checkpoint.py", 'layer.ranks_off = state["ranks_off"][name]', "layer.ranks_off = []", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
     ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
     ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
@@ -206,7 +207,33 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/plot.py", "if state[\"on\"][name]:", "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
     ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
     ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
-    ("tools/oracle.py", "largest = expected.abs().max().item() or 1.0", "largest = 1e6", "errors look small", f"{ORACLE}::test_errors_between_results"),
+    ('tools/oracle/check.py', 'largest = expected.abs().max().item() or 1.0', 'largest = 1e6', "errors look small", f"{ORACLE}::test_errors_between_results"),
+    # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
+    ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
+    ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", '("every", a.allocate == "dynamic",', '("every", allocates,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "a.lr * a.weight_decay >= 1,", "a.lr * a.weight_decay > 10,", "a decay that erases is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "a.delta_ratio == -1,", "False,", "a lambda that undoes LoRA is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", "math.ceil(batches / args.accumulate)", "math.ceil(batches // args.accumulate)", "steps of an epoch rounded down", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("support/settings.py", "a.warmup >= steps,", "a.warmup > steps,", "a warm-up as long as the run is not said", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("support/settings.py", "asked > examples,", "asked >= examples,", "said although all is scored as asked", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("proxies.py", 'WITHOUT_DATA = ("constant", "synflow")', 'WITHOUT_DATA = ("constant",)', "synflow is said to read batches", f"{SETTINGS}::test_proxies_without_data"),
+    ('support/doors.py', 'if low < 0 or high >= limit:', 'if low < 0 or high > limit:', "an id one beyond the table is let in", f"{DOORS}::test_batches_without_a_score"),
+    ('support/doors.py', '    if not isinstance(batches, list | tuple):', '    if False:', "a generator of batches is let in", f"{DOORS}::test_batches_without_a_score"),
+    ("support/form.py", "fits = type(value) is form if", "fits = isinstance(value, form) if", "true is an int", f"{DOORS}::test_forms"),
+    ("support/form.py", "if value.keys() != form.keys():", "if not form.keys() <= value.keys():", "keys that nobody knows are let in", f"{DOORS}::test_forms"),
+    ("support/checkpoint.py", "            and bool(value.isfinite().all())\n", "", "NaN is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "(*value.shape,) == (*shape,) and value.dtype == dtype", "value.dtype == dtype", "other shapes are put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "misfit(state, form_of(state, like)) if like", "misfit(state, FORM) if like", "a checkpoint of another run is put back", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/checkpoint.py", "return len(value) == len(groups) and all(", "return all(", "an optimizer without its group", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
+    ("support/hf_folder.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
+    ("support/run_folder.py", "if stored.get(split, data[split]) != data[split]:", "if False:", "a run goes on with other data", f"{DOORS}::test_a_run_keeps_its_data"),
+    ("support/glue.py", 'e["token_type_ids"], e["label"])', 'e["token_type_ids"])', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
+    ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
+    ("train.py", "    if model.fresh and not args.resume:", "    if model.fresh:", "a loaded head is called fresh", f"{DOORS}::test_eval_only_says_what_it_evaluates"),
+    ('support/switches.py', 'if found["lora_switches"][1] or layer.locked:', 'if layer.locked:', "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
+    ('support/switches.py', 'layer.enabled, layer.when_off = on,', '_, layer.when_off = on,', "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
+    ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
 ]
 # fmt: on
 

@@ -496,7 +496,7 @@ def test_preset_and_conflicts(flags, tmp_path, capsys):
     assert run.delta.start == len(train.epoch_steps(run, 0)) // 3 == run.args.delta_start > 0
     for extra, message in (
         ("--lora-dropout 0.1", "--delta-ratio needs --lora-dropout 0"),
-        ("--delta-ratio 0", "need --delta-ratio other than 0"),
+        ("--delta-ratio 0", "needs --delta-ratio other than 0"),
         ("--targets none", "--delta-ratio needs --targets"),
         ("--delta-start -2", "'-2' is not an integer from -1 up"),
         ("--delta-lazy yes --proxy synflow", "--proxy synflow reads the weights"),

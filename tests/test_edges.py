@@ -137,8 +137,8 @@ def test_what_does_not_change_the_bits(tmp_path, method):
 def test_score_batches_do_not_touch_what_does_not_read_them(tmp_path):
     """Scoring consumes no randomness: a random choice is the same after 1 and after 4 batches."""
     model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
-    for n in ("1", "4"):
-        more = ["--proxy", "constant", "--dropout", "0.1", "--score-batches", n]
+    for n in ("1", "4"):  # snip: 0 everywhere while B is 0, so that the choice is random
+        more = ["--allocate", "static", "--proxy", "snip", "--dropout", "0.1", "--score-batches", n]
         assert train.main(flags_of(model, task, tmp_path / n, *more)) == 0
     assert outcome(tmp_path / "1")["adapter"] == outcome(tmp_path / "4")["adapter"]
 

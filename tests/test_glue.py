@@ -64,7 +64,10 @@ HEADER = "sentence\tlabel\n"
     [
         ("text\tlabel\na\t1\n", r"train\.tsv:1: no column 'sentence' .* has: text, label"),
         (HEADER + "a\t1\nb\t2\n", r"train\.tsv:3: label '2', allowed: 0, 1"),
-        (HEADER + "a\t1\n\nb\n", r"train\.tsv:4: 1 columns, expected 2 or more"),
+        (HEADER + "a\t1\n\nb\n", r"train\.tsv:4: 1 columns, expected 2$"),
+        (HEADER + "a\t1\nb\tc\t1\n", r"train\.tsv:3: 3 columns, expected 2: is there a tab"),
+        (HEADER + "a\t1\t\n", r"train\.tsv:2: 3 columns, expected 2"),
+        ("sentence\tlabel\ra\t1\r", r"train\.tsv: its lines end in CR alone"),
         (HEADER, "has no examples"),
         ("", r"no column 'sentence'"),
     ],

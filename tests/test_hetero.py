@@ -29,6 +29,11 @@ def flags(tmp_path):
     return [*text.split(), *more.split()]
 
 
+def static(flags):
+    """The flags of the fixture for a choice that is made once, under a budget of its own."""
+    return [*flags[:-4], "--allocate", "static"]
+
+
 def history(folder):
     return json.loads((folder / "allocation.json").read_text())["history"]
 
@@ -56,14 +61,15 @@ def test_dynamic_run_decides_on_schedule_and_within_budget(flags, tmp_path, caps
 
 def test_static_run_decides_once(flags, tmp_path):
     out = tmp_path / "run"
-    assert train.main([*flags, "--allocate", "static", "--out", str(out)]) == 0
+    assert train.main([*static(flags), "--out", str(out)]) == 0
     assert [h["step"] for h in history(out)] == [0]
 
 
 def test_choices_are_those_of_the_scores(flags, tmp_path):
     """What is on is what keep_top makes of the recorded scores, and nothing else trained."""
     out = tmp_path / "run"
-    train.main([*flags, "--allocate", "static", "--ranking", "apart", "--out", str(out)])
+    more = ["--keep", "0.25", "--ranking", "apart"]
+    train.main([*static(flags), *more, "--out", str(out)])
     (decision,) = history(out)
     assert on_set(decision) == allocate.keep_top(decision["scores"], 0.25, together=False)
     parameters = checkpoint.read_last(out)[0]["parameters"]
@@ -141,7 +147,7 @@ def test_eval_only_keeps_what_is_off_off(flags, tmp_path, capsys):
 
 
 def test_random_choice_is_said(flags, tmp_path, capsys):
-    args = [*flags, "--proxy", "synflow", "--allocate", "static", "--out", str(tmp_path / "run")]
+    args = [*static(flags), "--proxy", "synflow", "--out", str(tmp_path / "run")]
     assert train.main(args) == 0
     assert "note: all synflow scores are zero: the choice is random" in capsys.readouterr().out
 
@@ -174,8 +180,8 @@ def test_every_kind_of_scores(flags, tmp_path, proxy):
 def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, capsys):
     """fc1 costs 2 (12 + 20) = 64, the rest 48; 200 is spent as well as it can be."""
     out = tmp_path / "run"
-    extra = ["--targets", "q_proj,fc1", "--budget-params", "200", "--allocate", "static"]
-    assert train.main([*flags[:-2], *extra, "--out", str(out)]) == 0
+    extra = ["--targets", "q_proj,fc1", "--budget-params", "200"]
+    assert train.main([*static(flags), *extra, "--out", str(out)]) == 0
     (decision,) = history(out)
     costs = json.loads((out / "allocation.json").read_text())["costs"]
     spent = sum(costs[n] for n in on_set(decision))
@@ -186,10 +192,9 @@ def test_budget_in_parameters_of_modules_of_different_size(flags, tmp_path, caps
 
 def test_ranks_within_a_budget(flags, tmp_path, monkeypatch):
     """Each module has its own rank, the scaling of the full rank; resumption knows both."""
-    flags = flags[:-4]  # without --every and --keep
     out = tmp_path / "run"
-    extra = ["--r", "4", "--budget-params", "600", "--allocate", "static", "--per-rank", "yes"]
-    assert train.main([*flags, *extra, "--out", str(out)]) == 0
+    extra = ["--r", "4", "--budget-params", "600", "--per-rank", "yes"]
+    assert train.main([*static(flags), *extra, "--out", str(out)]) == 0
     (decision,) = history(out)
     ranks = {name: len(kept) for name, kept in decision["on"].items()}
     assert 24 * sum(ranks.values()) == run_folder.read_log(out)[-1]["trainable"]["adapters"] <= 600
@@ -262,7 +267,7 @@ def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys
         ("--when-off in", "'in' is not one of out, frozen"),
         ("--rank apart", "--rank is now --ranking"),
         ("--proxy grad-norm", "did you mean 'grad_norm'"),
-        ("--targets none --shortcuts none", "needs modules"),
+        ("--targets none --shortcuts none", "--r needs --targets or --shortcuts"),
         ("--shortcuts some", "'some' is not one of none, residual, cross, all"),
     ],
 )
@@ -285,7 +290,7 @@ def test_plot_draws_what_was_decided(flags, tmp_path, mode, capsys):
     from tools import plot
 
     out = tmp_path / "run"
-    train.main([*flags, "--allocate", mode, "--out", str(out)])
+    train.main([*(static(flags) if mode == "static" else flags), "--out", str(out)])
     assert plot.main([str(out)]) == 0
     picture = plt.imread(out / "allocation.png")
     assert picture.shape[0] > 300 and picture.std() > 0.05

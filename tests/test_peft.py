@@ -331,7 +331,7 @@ def test_inspect_prints_the_table(folder, capsys):
     assert "6 modules, 336 parameters; head: classifier.bias, classifier.weight" in out
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
     """A run, out, in again with its metric; and what is refused."""
     base = tiny.bert_folder(tmp_path / "model")
     task = tiny.task_folder(tmp_path / "task")
@@ -352,7 +352,8 @@ def test_command_line(tmp_path, capsys):
     assert expected.keys() == got.keys() and all(torch.equal(got[n], expected[n]) for n in got)
 
     shortcuts = tmp_path / "shortcuts"
-    dead = ["--preset", "lora", "--shortcuts", "all", "--lr", "0", "--out", str(shortcuts)]
+    dead = ["--preset", "lora", "--shortcuts", "all", "--out", str(shortcuts)]
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
     assert train.main([*common, *dead]) == 0
     refused = tmp_path / "refused"
     assert tool.main(["export", str(shortcuts), str(refused)]) == 2

@@ -40,7 +40,8 @@ def made_up_run(folder, flags=FLAGS):
     run_folder.write_json(folder / "config.json", {"flags": flags})
     on = {name: layer.enabled for name, layer in layers.items()}
     parameters = {name: p.detach() for name, p in lora.trainable(model).items()}
-    state = {"parameters": parameters, "on": on, "delta": delta.state()}
+    state = {**tiny.checkpoint_state(), "plan": None, "parameters": parameters, "on": on}
+    state["delta"] = delta.state()
     checkpoint.write(folder, state)
     lora.save_adapter(model, folder, delta.export())
     return {name: (a.base.weight - before[name]).detach() for name, a in layers.items()}

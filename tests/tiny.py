@@ -219,3 +219,31 @@ def hub_cache(cache, repo, write, repo_type="model", elsewhere=()):
         content = json.dumps({"format_version": 1, "files": files})
         (storage / "trees" / f"{commit}.json").write_text(content)
     return folder
+
+
+def checkpoint_state():
+    """What a checkpoint of a run holds, spelt out: one module, two steps, one decision."""
+    rng = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 5, generator=rng), torch.randn(4, 2, generator=rng)
+    moments = [{"step": torch.tensor(2.0), "exp_avg": p, "exp_avg_sq": p**2} for p in (a, b)]
+    decision = {"step": 0, "epoch": 0, "scores": {"m": 0.5}, "on": {"m": True}}
+    return {
+        "parameters": {"m.lora_A": a, "m.lora_B": b},
+        "optimizer": {
+            "state": dict(enumerate(moments)),
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}],
+        },
+        "on": {"m": True},
+        "ranks_off": {"m": []},
+        "plan": {"history": [decision], "rng": rng.get_state()},
+        "delta": {
+            "t": 2,
+            "begin": {"m": (a, b)},
+            "ended": {"m": [(a, b, 1), (a, b, -1)]},
+            "weights": {"m": torch.randn(4, 5, generator=rng)},
+        },
+        "position": {"epoch": 0, "step_in_epoch": 2, "step": 2},
+        "metrics": {"best": None, "last": None, "seconds": 0.5, "score_seconds": 0.0},
+        "generators": [{"cpu": rng.get_state(), "cuda": None}],
+        "log_lines": 3,
+    }

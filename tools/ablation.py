@@ -73,9 +73,10 @@ QUARTER = 0.25
 def prepare(args, space, seed):
     """A Run of train.py with the tuning split in the place of GLUE's."""
     argv = f"{TRAINING} --task mrpc --device cpu --seed {seed} --shortcuts {SPACES[space]}".split()
-    argv += ["--model", args.model, "--score-batches", str(args.score_batches)]
+    argv += ["--model", args.model]
     argv += ["--data-dir", args.data_dir] if args.data_dir else []
     run = train.set_up(flags.parse_flags(argv))
+    run.args.score_batches = args.score_batches  # a run that allocates nothing has no such flag
     run.dev, run.train = tuning_split(run.train, args.dev)
     needed = 2 * args.steps * run.args.batch_size
     if len(run.train) < needed:

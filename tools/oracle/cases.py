@@ -303,13 +303,18 @@ def score_cases():
 
 def allocation_cases():
     """Fractions, ties, budgets with mixed sizes, and what is impossible."""
-    rng, cases = torch.Generator().manual_seed(30), []
-    reference = "arXiv 2406.14956, section 3; dyrealloc_callback.py"
+    rng = torch.Generator().manual_seed(30)
     places = ("q_proj", "v_proj", "residual_1", "residual_2", "shortcut_sa")
     names = [f"layers.{i}.{p}" for i in range(6) for p in places]
-    values = (torch.randperm(len(names), generator=rng) + 1).tolist()
-    scores = {n: v / 8 for n, v in zip(names, values, strict=True)}
-    tied = {n: float(v % 3) for n, v in zip(names, values, strict=True)}
+    values = dict(zip(names, (torch.randperm(len(names), generator=rng) + 1).tolist(), strict=True))
+    return [*fraction_cases(values), *budget_cases(values)]
+
+
+def fraction_cases(values):
+    """keep_top; values: dict name -> 1 … n, each once."""
+    cases, reference = [], "arXiv 2406.14956, section 3; dyrealloc_callback.py"
+    scores = {n: v / 8 for n, v in values.items()}
+    tied = {n: float(v % 3) for n, v in values.items()}
     rule = "the best floor(p n_l) + round(p n_s) of n_l modules and n_s shortcuts"
     for keep in (0.1, 0.25, 0.3, 0.5, 0.55, 1.0):
         for together in (True, False):
@@ -333,9 +338,15 @@ def allocation_cases():
         cases.append(Case(name, "keep_top", arguments, text, reference))
     arguments = {"scores": scores, "keep": 0.01, "together": True}
     cases.append(Case("keep-nothing", "keep_top", arguments, "none to keep: ValueError", reference))
+    return cases
 
+
+def budget_cases(values):
+    """within_budget; values: dict name -> 1 … n, each once."""
+    cases, scores = [], {n: v / 8 for n, v in values.items()}
+    signed = {n: v - 2 for n, v in scores.items()}
     for i, sizes in enumerate([(16,), (16, 40), (7, 11, 13, 29)]):
-        costs = {n: sizes[v % len(sizes)] for n, v in zip(names, values, strict=True)}
+        costs = {n: sizes[v % len(sizes)] for n, v in values.items()}
         mixed = {n: s * (1 + costs[n] / 20) for n, s in scores.items()}
         for share in (0.1, 0.3, 0.6):
             arguments = {
@@ -352,11 +363,11 @@ def allocation_cases():
                     "0/1 knapsack, exact",
                 )
             )
-    costs = {n: (9, 25, 64)[v % 3] for n, v in zip(names, values, strict=True)}
+    costs = {n: (9, 25, 64)[v % 3] for n, v in values.items()}
     arguments = {"scores": scores, "costs": costs, "budget": 333}
     text = "scores that have nothing to do with the sizes"
     cases.append(Case("budget-any-sizes", "within_budget", arguments, text, "0/1 knapsack, exact"))
-    costs = {n: (16, 40)[v % 2] for n, v in zip(names, values, strict=True)}
+    costs = {n: (16, 40)[v % 2] for n, v in values.items()}
     arguments = {"scores": signed, "costs": costs, "budget": 500}
     text = "negative scores: never worth their cost"
     cases.append(Case("budget-negative", "within_budget", arguments, text, "0/1 knapsack, exact"))

@@ -61,7 +61,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import Config, Output, Transformer
-from relatives.single_ranks import score_ranks
+from relatives.single_ranks import part_scores, score_ranks
 from support import hf_folder
 from tools.peft.writing import full_path
 
@@ -201,7 +201,7 @@ def snip_ranks(layers, batches):
 
     Part k is row k of A with column k of B.
     """
-    return list(score_ranks("snip", Network(layers), batches).values())
+    return list(part_scores("snip", Network(layers), batches).values())
 
 
 def synflow(layers):

@@ -1,0 +1,59 @@
+"""What is given to injection and scoring is checked at the door, once, before anything is changed.
+
+    refuse_numbers   of a model: weights that hold no numbers, or too small a range of them
+    refuse_batches   of a list of batches: each must have a loss, and read inside the tables
+
+What this file does not do: check files (hf_folder.py, form.py) or flags (settings.py).
+"""
+
+import torch
+
+
+def refuse_numbers(model):
+    """Raises ValueError where a model's weights cannot be adapted or scored."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the device meta, a shape without numbers: load it first"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"{name} is in {parameter.dtype}, whose range gradients leave: call model.float()"
+            )
+
+
+def refuse_batches(model, batches):
+    """Raises ValueError where a list of batches cannot be scored.
+
+    Args:
+        model: model.Transformer. batches: list or tuple of dicts of tensors, read more than once.
+    """
+    if not isinstance(batches, list | tuple):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, expected a list: it is read more than once"
+        )
+    if not batches:
+        raise ValueError("scoring needs at least one batch")
+    for i, batch in enumerate(batches):
+        refuse_batch(model, batch, f"batch {i}")
+
+
+def refuse_batch(model, batch, where):
+    """Raises ValueError where a batch has no loss, or would read outside a table."""
+    for name in ("input_ids", "attention_mask", "labels"):
+        found = batch.get(name) if isinstance(batch, dict) else None
+        if not torch.is_tensor(found) or not found.numel():
+            raise ValueError(f"{where} has no {name}: expected a dict of tensors that holds it")
+        device = model.word_embeddings.weight.device
+        if found.device != device:
+            raise ValueError(f"{where} is on {found.device}, the model on {device}")
+    config, labels = model.config, batch["labels"]
+    limits = [("input_ids", batch["input_ids"], config.vocab_size)]
+    if config.head == "lm":
+        limits.append(("labels", labels[labels != -100], config.vocab_size))
+    elif config.num_labels > 1:
+        limits.append(("labels", labels, config.num_labels))
+    for name, values, limit in limits:
+        low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
+        if low < 0 or high >= limit:
+            raise ValueError(f"{where} has {name} {low} to {high}, allowed: 0 to {limit - 1}")
