@@ -10,7 +10,7 @@ import dense
 import lora
 import proxies
 import tiny
-from model import Config, load_pretrained, rotation
+from model import Config, load_pretrained, rotate, rotation
 from test_gguf import write_tokenizer
 
 ALL = lora.SHORTCUTS["all"]
@@ -37,6 +37,21 @@ def test_last_layer_at_one_position_equals_all_positions(family):
     x, read = m.embed(batch["input_ids"]), mask.sum(1) - 1
     picked = m.encode(x, mask)[torch.arange(len(mask)), read]
     torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
+
+
+def test_angles_add_up():
+    """Turned by position 2, then by 3, is turned by 5; and a quarter turn by hand: (1, 0) -> (0, 1).
+
+    Scores are of differences of angles: no logit says in which direction both are turned.
+    """
+    c = tiny.config("llama", head_dim=8, rope_theta=50.0)
+    x = torch.randn(1, 2, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turns = [rotation(c, torch.tensor([[p]]), x) for p in (2, 3, 5)]
+    twice = rotate(rotate(x, turns[0]), turns[1])
+    torch.testing.assert_close(twice, rotate(x, turns[2]), rtol=0, atol=1e-12)
+    quarter = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]])  # cosines, sines
+    got = rotate(torch.tensor([[[[1.0, 2.0, 0.0, 0.0]]]]), quarter)
+    assert got.flatten().tolist() == [0.0, 0.0, 1.0, 2.0]
 
 
 def test_angles_in_bfloat16_are_those_of_float32():
