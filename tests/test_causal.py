@@ -40,7 +40,7 @@ def test_last_layer_at_one_position_equals_all_positions(family):
 
 
 def test_angles_add_up():
-    """Turned by position 2, then by 3, is turned by 5; and a quarter turn by hand: (1, 0) -> (0, 1).
+    """By position 2, then by 3, is by 5; and a quarter turn by hand takes (1, 0) to (0, 1).
 
     Scores are of differences of angles: no logit says in which direction both are turned.
     """
