@@ -71,17 +71,17 @@ def test_greedy_is_the_likeliest_token_again_and_again(family):
 
 
 def test_a_text_ends_at_its_end():
-    """The token that a row writes third, in that row alone, becomes an end of texts."""
-    m, ids, mask = problem("llama")
+    """What the first row writes third and the second sixth become ends: texts of three lengths."""
+    m, ids, mask = problem("gemma")
     free = m.generate(ids, 8, attention_mask=mask, eos_token_ids=()).tolist()
     ends = [free[0][2], free[1][5]]
     got = m.generate(ids, 8, attention_mask=mask, eos_token_ids=ends).tolist()
-    longest = 0
+    lengths = set()
     for before, now in zip(free, got, strict=True):
         n = min((i for i, t in enumerate(before) if t in ends), default=7) + 1
-        longest = max(longest, n)
+        lengths.add(n)
         assert now[:n] == before[:n] and set(now[n:]) <= {m.config.pad_token_id}
-    assert len(got[0]) == longest
+    assert len(got[0]) == max(lengths) and len(lengths) > 1
     one = m.generate(ids[:1], 8, eos_token_ids=[free[0][0]])
     assert one.tolist() == [[free[0][0]]]
     parts = list(generation.stream(m, ids, 8, mask, eos_token_ids=ends))
@@ -147,13 +147,14 @@ def beams_by_hand(m, text, n, steps, eos, length_penalty):
     return finished[0][1]
 
 
-@pytest.mark.parametrize(("n", "penalty"), [(2, 1.0), (3, 0.0), (4, 2.0)])
+@pytest.mark.parametrize(("n", "penalty"), [(2, 1.0), (3, 0.0), (4, 2.0), (3, -1.0)])
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
 def test_beams_equal_a_search_by_hand(family, n, penalty):
     m, ids, mask = problem(family)
     with torch.no_grad():
-        m.word_embeddings.weight.mul_(0.5)  # flatter: the ends below come up in some texts
-    eos = (3, 40)
+        m.word_embeddings.weight.mul_(0.3)  # flatter: beams differ
+    free = m.generate(ids, 6, attention_mask=mask, num_beams=3, eos_token_ids=())
+    eos = (free[0, 1].item(), free[1, 3].item())  # so that some texts end, early or late
     how = {"num_beams": n, "length_penalty": penalty, "eos_token_ids": eos}
     got = m.generate(ids, 6, attention_mask=mask, **how)
     for text, new in zip(prompts(ids, mask), got.tolist(), strict=True):
