@@ -4,7 +4,7 @@ One kind of module is the whole search space of HeteroLoRA (arXiv 2406.14956). W
 base:
 
     place                        | base                | what the module is
-    q_proj … fc2                 | the frozen nn.Linear | a LoRA-adapted linear layer
+    q_proj … gate_proj           | the frozen nn.Linear | a LoRA-adapted linear layer
     residual_1, residual_2       | the identity        | a LoRA-adapted residual connection
     shortcut_sa, shortcut_ffn    | zero                | a LoRA-adapted cross-layer shortcut
 
@@ -29,7 +29,7 @@ from torch import nn
 from support import adapter_file, seeds, switches
 from support.doors import refuse_numbers
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "gate_proj")
 RESIDUALS = ("residual_1", "residual_2")
 CROSS = ("shortcut_sa", "shortcut_ffn")
 SHORTCUTS = {"none": (), "residual": RESIDUALS, "cross": CROSS, "all": RESIDUALS + CROSS}
@@ -226,7 +226,7 @@ def inject(
 
     Args:
         model: model.Transformer.
-        targets: places out of LINEARS.
+        targets: places out of LINEARS; gate_proj is skipped where the feed-forward has no gate.
         r, lora_alpha, lora_dropout: as in LoRALayer, for targets; r and lora_dropout for shortcuts
             too.
         shortcuts: places out of RESIDUALS + CROSS. Block 0 has no shortcut_ffn, since nothing
@@ -254,6 +254,10 @@ def inject(
         raise ValueError(f"nothing to adapt: name at least one target out of {', '.join(LINEARS)}")
     if adapters(model):
         raise ValueError("the model has LoRA modules already: inject into a freshly loaded model")
+    if not model.config.gated:
+        targets = [place for place in targets if place != "gate_proj"]
+        if not targets and not shortcuts:
+            raise ValueError(f"a {model.config.family} model has no gate_proj: name another target")
     new = {}
     for i in range(len(model.layers)):
         for place in LINEARS + RESIDUALS + CROSS:

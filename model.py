@@ -1,36 +1,42 @@
-"""One Transformer for BERT/MiniLM, RoBERTa, OPT and GPT-2, with Hugging Face weights.
+"""One Transformer for BERT, RoBERTa, OPT, GPT-2, LLaMA, Qwen and Gemma, with their weights.
 
 The families differ in few places, all of them fields of `Config` that `Block` and `Transformer`
-read: where the LayerNorm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: other OPT
-sizes, GPT-2), who may attend to whom, and what the head reads. `Block` shows the ten places that
-HeteroLoRA (arXiv 2406.14956, Figure 1) can adapt: six linear layers and four shortcuts.
+read: where the norm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: all others) and
+of what kind it is, where positions come from, who may attend to whom, whether the feed-forward is
+gated, and what the head reads. `Block` shows the places that HeteroLoRA (arXiv 2406.14956,
+Figure 1) can adapt: six linear layers, a seventh where there is a gate, and four shortcuts.
 
     name            | symbol  | shape
     x               | x       | (b, t, d)         the residual stream: b examples, t tokens,
                     |         |                   d = hidden_size
-    q, k, v         | Q, K, V | (b, h, t, d / h)  h = num_heads
+    q               | Q       | (b, h, t, d_h)    h = num_heads, d_h = head_dim
+    k, v            | K, V    | (b, g, t, d_h)    g = num_kv_heads, each read by h / g heads
     q_proj … fc2    | W       | (out, in)         as nn.Linear stores it
+    rotation        | cos, sin| (1 or b, t, d_h / 2) of the angles by which q and k are turned
     read            |         | (b,)              the one position of each example that the
                     |         |                   classification head reads
+    cache           | K, V    | a block's keys and values of the tokens before, dict; empty at first
 
-What this file does not do: low-rank adapters (lora.py puts them in place of the ten modules), what
-a family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
-(support/download.py), generation, key/value caches, padding on the left.
+What this file does not do: low-rank adapters (lora.py puts them in place of the modules), what a
+family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
+(support/download.py), choosing tokens (support/generation.py), padding on the left.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, families, hf_folder, seeds
+from support import download, families, generation, hf_folder, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
 }
 
 
@@ -43,6 +49,7 @@ class Config:
 
     max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
     rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
+    What has a default is what LLaMA and its relatives brought, and what config.json lacks.
     """
 
     family: str  # key of families.FAMILIES; the model itself reads the fields below alone
@@ -57,13 +64,24 @@ class Config:
     layer_norm_eps: float
     activation: str  # key of ACTIVATIONS
     causal: bool  # a token sees those before it, and the head reads the last one
-    pre_ln: bool  # LayerNorm before each sub-layer, else after it
-    final_norm: bool  # one more LayerNorm after the last block
-    embed_norm: bool  # LayerNorm of the embeddings
+    pre_ln: bool  # the norm before each sub-layer, else after it
+    final_norm: bool  # one more norm after the last block
+    embed_norm: bool  # norm of the embeddings
     embed_dropout: bool  # dropout of the embeddings
     pooler_in_head: bool = False  # the pooler belongs to the head: dropout before it, always new
     position_offset: int = 0
     type_vocab_size: int = 0
+    rms_norm: bool = False  # RMSNorm, else LayerNorm
+    num_kv_heads: int | None = None  # None = num_heads
+    head_dim: int | None = None  # None = hidden_size / num_heads
+    qk_norm: bool = False  # RMSNorm of each head of q and k
+    bias: str = "all"  # which linear layers of a block have one: all | qkv | none
+    gated: bool = False  # a gate_proj in the feed-forward
+    rope_theta: float | None = None  # base of the rotary positions; None = a table of positions
+    rope_scaling: tuple | None = None  # LLaMA 3's: (factor, low, high, original max_positions)
+    embed_scale: float = 1.0  # the word embeddings are multiplied by it
+    tied: bool = True  # the language model's head is the embedding
+    eos_token_ids: tuple = ()  # generation stops at these
     num_labels: int = 2  # 1 = regression
     head: str = "classification"  # classification | lm
     dropout: float = 0.0
@@ -84,11 +102,23 @@ class Config:
         return cls(**{**families.config_fields(hf), **overrides})
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
+        if self.hidden_size % self.num_heads and not self.head_dim:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
                 "config.json contradicts itself"
             )
+        for name, default in (
+            ("num_kv_heads", self.num_heads),
+            ("head_dim", self.hidden_size // self.num_heads),
+        ):
+            object.__setattr__(self, name, getattr(self, name) or default)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}: config.json contradicts itself"
+            )
+        if self.rope_theta and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even one")
         if self.head not in ("classification", "lm"):
             raise ValueError(f"head is {self.head!r}, allowed: 'classification', 'lm'")
         if self.head == "lm" and not self.causal:
@@ -130,10 +160,48 @@ def pick(x, read):
     return x[torch.arange(len(x), device=x.device), read][:, None]  # (b, 1, d)
 
 
+def norm_of(config):
+    kind = nn.RMSNorm if config.rms_norm else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def rotation(config, positions, x):
+    """Cosine and sine of every position's angles: (1 or b, t) -> two of (1 or b, t, d_h / 2).
+
+    In float32 at least, whatever x is in, as the models were trained; then in x's dtype.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    steps = torch.arange(0, config.head_dim, 2, device=x.device).to(wide)  # (d_h / 2,)
+    # angle(p, i) = p f_i     f_i = theta^(-2 i / d_h)     RoPE, arXiv 2104.09864, Eq. 15
+    frequencies = 1.0 / (config.rope_theta ** (steps / config.head_dim))  # (d_h / 2,)
+    if config.rope_scaling:
+        factor, low, high, original = config.rope_scaling
+        # LLaMA 3.1: f <- (1 - s) f / factor + s f, where s rises from 0 to 1 as the number of turns
+        # within the original context, original f / 2 pi, rises from low to high
+        turns = original / (2 * math.pi / frequencies)
+        s = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - s) * frequencies / factor + s * frequencies
+    angles = positions[..., None].to(wide) * frequencies  # (1 or b, t, d_h / 2)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x, turned):
+    """Turn each pair (x_i, x_{i + d_h / 2}) by its angle: half-split, not interleaved as in GGUF.
+
+    Args:
+        x: (b, heads, t, d_h). turned: what `rotation` gives, or None: x stays.
+    """
+    if turned is None:
+        return x
+    cos, sin = (part[:, None] for part in turned)  # (1 or b, 1, t, d_h / 2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, each with a residual connection.
 
-    The search space of HeteroLoRA, all ten places: lora.inject puts a LoRALayer in any of them.
+    The search space of HeteroLoRA, all places: lora.inject puts a LoRALayer in any of them.
     Where nothing was injected, a residual is the identity and a cross-layer shortcut is absent.
 
     shortcut_sa carries the input of this block's self-attention to the input of the next block's.
@@ -144,22 +212,28 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d = config.hidden_size
-        self.config = config
-        self.q_proj = nn.Linear(d, d)
-        self.k_proj = nn.Linear(d, d)
-        self.v_proj = nn.Linear(d, d)
-        self.out_proj = nn.Linear(d, d)
-        self.fc1 = nn.Linear(d, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, d)
+        c, d = config, config.hidden_size
+        self.config = c
+        bias = c.bias == "all"
+        self.q_proj = nn.Linear(d, c.num_heads * c.head_dim, c.bias != "none")
+        self.k_proj = nn.Linear(d, c.num_kv_heads * c.head_dim, c.bias != "none")
+        self.v_proj = nn.Linear(d, c.num_kv_heads * c.head_dim, c.bias != "none")
+        self.out_proj = nn.Linear(c.num_heads * c.head_dim, d, bias)
+        self.fc1 = nn.Linear(d, c.ffn_dim, bias)
+        self.fc2 = nn.Linear(c.ffn_dim, d, bias)
+        self.gate_proj = nn.Linear(d, c.ffn_dim, bias) if c.gated else None
         self.residual_1 = nn.Identity()  # x around self-attention
         self.residual_2 = nn.Identity()  # x around the feed-forward
         self.shortcut_sa = None  # or a LoRALayer over a zero base
         self.shortcut_ffn = None
-        self.attn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
-        self.ffn_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.attn_norm = norm_of(c)
+        self.ffn_norm = norm_of(c)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(c.head_dim, c.layer_norm_eps) if c.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
-    def forward(self, x, previous_ffn_input, key_mask, read=None):
+    def forward(self, x, previous_ffn_input, key_mask, read=None, turned=None, cache=None):
         """One layer. R_1, R_2 are the residuals (identity), S_sa, S_ffn the shortcuts (absent).
 
         Args:
@@ -168,54 +242,77 @@ class Block(nn.Module):
             key_mask: (b, 1, 1, t), 0 where a key may be attended to, else -inf; None = everywhere.
             read: (b,) positions whose output somebody reads; None = all. Only these are computed:
                 keys and values come from all t positions, the rest of the layer from one.
+            turned: rotation() of the t positions, None where a table has them.
+            cache: dict, this block's keys and values of the tokens before; these join it. Where it
+                is not empty, t is 1 and key_mask has a column for every token, old and new.
 
         Returns:
             The residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
         """
         pre_ln = self.config.pre_ln
         h = self.attn_norm(x) if pre_ln else x
-        queries = h
+        queries, turns = h, (turned, turned)  # of the queries, of the keys
         if read is not None:
             x, queries = pick(x, read), pick(h, read)  # (b, 1, d)
             if previous_ffn_input is not None:
                 previous_ffn_input = pick(previous_ffn_input, read)  # (b, 1, d)
+            if turned is not None:
+                turns = [pick(part.expand(len(read), -1, -1), read) for part in turned], turned
         sa_input = x
 
         # pre-LN:  x = R_1 x + SA(LN x) + S_ffn y      y: the FFN input of the block before
         # post-LN: x = LN(R_1 x + SA(x)) + S_ffn y
-        h = self.attention(queries, h, key_mask, causal=self.config.causal and read is None)
+        causal = self.config.causal and read is None and not cache
+        h = self.attention(queries, h, key_mask, causal, turns, cache)
         x = self.residual_1(sa_input) + self.drop(h)
         x = x if pre_ln else self.attn_norm(x)
         x = self.add_shortcut(x, self.shortcut_ffn, previous_ffn_input, self.attn_norm)
         ffn_input = x
 
         # pre-LN:  x = R_2 x + FFN(LN x) + S_sa z      z: this block's SA input
-        # post-LN: x = LN(R_2 x + FFN(x)) + S_sa z     FFN(x) = W_fc2 act(W_fc1 x + b) + b
-        h = self.ffn_norm(x) if pre_ln else x
-        h = self.fc1(h)  # (b, t, ffn_dim)
-        h = self.fc2(ACTIVATIONS[self.config.activation](h))  # (b, t, d)
+        # post-LN: x = LN(R_2 x + FFN(x)) + S_sa z
+        h = self.feed_forward(self.ffn_norm(x) if pre_ln else x)  # (b, t, d)
         x = self.residual_2(ffn_input) + self.drop(h)
         x = x if pre_ln else self.ffn_norm(x)
         x = self.add_shortcut(x, self.shortcut_sa, sa_input, self.ffn_norm)
         return x, ffn_input
 
-    def attention(self, queries, x, key_mask, causal):
+    def feed_forward(self, x):
+        """(b, t, d) -> (b, t, d), with a gate where the family has one."""
+        act = ACTIVATIONS[self.config.activation]
+        # FFN(x) = W_fc2 act(W_fc1 x + b) + b, or W_fc2 (act(W_gate x) * W_fc1 x)
+        h = self.fc1(x)  # (b, t, ffn_dim)
+        h = act(h) if self.gate_proj is None else act(self.gate_proj(x)) * h
+        return self.fc2(h)  # (b, t, d)
+
+    def attention(self, queries, x, key_mask, causal, turns=(None, None), cache=None):
         """Every head for itself, then side by side: (b, 1 or t, d), (b, t, d) -> (b, 1 or t, d).
 
-        The one query of `read` is an example's last token, or the model is not causal: it may see
-        all that is not padding, so causal is False then.
+        The one query of `read` or beside a cache is an example's last token, or the model is not
+        causal: it may see all that is not padding, so causal is False then.
         """
-        q = self.split_heads(self.q_proj(queries))  # (b, h, 1 or t, d / h)
-        k = self.split_heads(self.k_proj(x))  # (b, h, t, d / h)
-        v = self.split_heads(self.v_proj(x))  # (b, h, t, d / h)
-        # SA = W_o [softmax(Q K^T / sqrt(d / h) + mask) V for each head]
+        q, k, v = self.heads(queries, x, turns)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
+            cache["k"], cache["v"] = k, v  # (b, g, tokens so far, d_h)
+        # SA = W_o [softmax(Q K^T / sqrt(d_h) + mask) V for each head]
         mask = None if causal else key_mask  # padding is on the right: causal hides it
         p = self.config.dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+        grouped = self.config.num_kv_heads < self.config.num_heads  # k and v are read as a a b b
+        h = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=grouped
+        )
         return self.out_proj(h.transpose(1, 2).flatten(2))  # (b, 1 or t, d)
 
+    def heads(self, queries, x, turns=(None, None)):
+        """q (b, h, 1 or t, d_h) of the queries, k and v (b, g, t, d_h) of x."""
+        q = rotate(self.q_norm(self.split_heads(self.q_proj(queries))), turns[0])
+        k = rotate(self.k_norm(self.split_heads(self.k_proj(x))), turns[1])
+        return q, k, self.split_heads(self.v_proj(x))
+
     def split_heads(self, x):
-        return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (b, h, t, d / h)
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (b, heads, t, d_h)
 
     def add_shortcut(self, x, shortcut, source, norm):
         """x + S source. With shortcut_norm "reuse" this is normalised once more, also when out."""
@@ -244,18 +341,22 @@ class Transformer(nn.Module):
         c = config
         self.config = c
         self.word_embeddings = nn.Embedding(c.vocab_size, c.embed_dim)
-        self.position_embeddings = nn.Embedding(c.max_positions + c.position_offset, c.hidden_size)
+        if c.rope_theta is None:
+            rows = c.max_positions + c.position_offset
+            self.position_embeddings = nn.Embedding(rows, c.hidden_size)
         if c.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
         if c.embed_norm:
-            self.embed_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+            self.embed_norm = norm_of(c)
         if c.embed_dim != c.hidden_size:
             self.project_in = nn.Linear(c.embed_dim, c.hidden_size, bias=False)
             self.project_out = nn.Linear(c.hidden_size, c.embed_dim, bias=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         if c.final_norm:
-            self.final_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+            self.final_norm = norm_of(c)
         if c.head == "lm":
+            if not c.tied:
+                self.lm_head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
             self.head = ()
         elif c.causal:
             self.score = nn.Linear(c.embed_dim, c.num_labels, bias=False)
@@ -302,8 +403,12 @@ class Transformer(nn.Module):
         logits = self.predict(h)
         return Output(logits, None if labels is None else self.loss(logits, labels))
 
-    def embed(self, input_ids, token_type_ids=None, inputs_embeds=None):
-        """(b, t) -> (b, t, d), the input of the first block."""
+    def generate(self, input_ids, max_new_tokens, **how):
+        """New tokens after each prompt, (b, n): see support/generation.py for all arguments."""
+        return generation.generate(self, input_ids, max_new_tokens, **how)
+
+    def embed(self, input_ids, token_type_ids=None, inputs_embeds=None, positions=None):
+        """(b, t) -> (b, t, d), the input of the first block; positions as in `encode`."""
         c = self.config
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, t = x.shape[:2]
@@ -314,30 +419,45 @@ class Transformer(nn.Module):
             )
         if c.embed_dim != c.hidden_size:
             x = self.project_in(x)  # (b, t, d)
-        # x = word + position + type, each a row of its table
-        positions = torch.arange(t, device=x.device) + c.position_offset  # (t,)
-        x = x + self.position_embeddings(positions)
+        if c.embed_scale != 1:
+            x = x * x.new_tensor(c.embed_scale)  # rounded to the model's dtype
+        # x = word + position + type, each a row of its table; rotary positions enter in attention
+        if c.rope_theta is None:
+            positions = torch.arange(t, device=x.device) if positions is None else positions
+            x = x + self.position_embeddings(positions + c.position_offset)
         if c.type_vocab_size:
             types = positions.new_zeros(b, t) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(types)
         x = self.embed_norm(x) if c.embed_norm else x
         return F.dropout(x, c.dropout, self.training) if c.embed_dropout else x
 
-    def encode(self, x, mask, read=None):
+    def encode(self, x, mask, read=None, positions=None, caches=None):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
 
         The last block is computed only where the head reads it; every other block everywhere, since
         all tokens are its successor's keys and values. A module in it that adds what the block
         before received has to see every token too.
+
+        Args:
+            x: (b, t, d). read: (b,), or None.
+            mask: (b, t) bool, True = token; beside filled caches (b, tokens so far).
+            positions: (b, t) int64, where they are not 0 … t - 1 in every row.
+            caches: list of one dict a block, as in Block.forward.
         """
         key_mask = None
         if not mask.all():  # once, as numbers: attention would make them anew from bool each time
             key_mask = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None, :]
+        turned = None
+        if self.config.rope_theta is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, t)
+            turned = rotation(self.config, positions, x)
         ffn_input = None
-        for block in self.layers:
+        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             last = block is self.layers[-1]
             whole = any(getattr(m, "every_token", False) for m in block.children())
-            x, ffn_input = block(x, ffn_input, key_mask, read if last and not whole else None)
+            at = read if last and not whole else None
+            x, ffn_input = block(x, ffn_input, key_mask, at, turned, cache)
         if read is not None and whole:
             x = pick(x, read)  # (b, 1, d)
         if self.config.final_norm:
@@ -347,7 +467,9 @@ class Transformer(nn.Module):
     def predict(self, h):
         """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
         if self.config.head == "lm":
-            return F.linear(h, self.word_embeddings.weight)  # tied, (b, t, vocab)
+            if self.config.tied:
+                return F.linear(h, self.word_embeddings.weight)  # (b, t, vocab)
+            return self.lm_head(h)  # (b, t, vocab)
         h = h[:, 0]  # (b, embed_dim)
         if self.config.causal:
             return self.score(h)  # (b, num_labels)
@@ -373,7 +495,8 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     """A pretrained model and its tokenizer.
 
     Args:
-        name: "minilm", a folder in Hugging Face layout, or a hub id such as "roberta-base".
+        name: "minilm", "smollm2", "smollm2-q4", a folder in Hugging Face layout, a GGUF file, or a
+            hub id such as "roberta-base".
         num_labels: int, 1 = regression.
         head: "classification", or "lm" (causal families).
         dropout: float, replaces whatever the checkpoint was pretrained with.

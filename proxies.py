@@ -224,18 +224,17 @@ def absolute_copy(model):
     return model
 
 
-def linear_attention(block, queries, x, key_mask, causal):
+def linear_attention(block, queries, x, key_mask, causal, turns, cache):
     """Attention without softmax, through which flow reaches q and k.
 
     On identical tokens softmax has a zero Jacobian, and q and k would score 0. Here each weight is
     S / S, with S = q . k > 0 and the denominator a constant to autograd. The forward pass is the
     same average of V, and the flow through q, and through k, is the whole flow through v.
     """
-    q = block.split_heads(block.q_proj(queries))  # (1, h, 1, d / h): one token
-    k = block.split_heads(block.k_proj(x))  # (1, h, 1, d / h)
-    v = block.split_heads(block.v_proj(x))  # (1, h, 1, d / h)
+    q, k, v = block.heads(queries, x, turns)  # of one token: (1, h, 1, d_h), (1, g, 1, d_h)
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
     s = q @ k.transpose(-1, -2)  # (1, h, 1, 1)
-    h = (s / s.detach()) @ v  # (1, h, 1, d / h)
+    h = (s / s.detach()) @ v  # (1, h, 1, d_h)
     return block.out_proj(h.transpose(1, 2).flatten(2))  # (1, 1, d)
 
 
@@ -253,7 +252,7 @@ def synflow(model, batches):
     """
     model = absolute_copy(model).double()
     for block in model.layers:
-        block.attn_norm = block.ffn_norm = nn.Identity()
+        block.attn_norm = block.ffn_norm = block.q_norm = block.k_norm = nn.Identity()
         block.attention = types.MethodType(linear_attention, block)
     model.final_norm = nn.Identity()
     one = model.word_embeddings.weight.new_ones(1, 1, model.config.hidden_size)  # (b, t, d)

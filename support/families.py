@@ -4,6 +4,12 @@
     FAMILIES["roberta"]   the same blocks; other positions, head and special tokens
     FAMILIES["opt"]       LayerNorm before each sub-layer, in OPT-350m after it
     FAMILIES["gpt2"]      weights stored transposed, q, k and v side by side in one matrix
+    FAMILIES["llama"]     RMSNorm, rotary positions, grouped key-value heads, a gate, no biases:
+                          LLaMA 2 and 3, SmolLM2, TinyLlama
+    FAMILIES["mistral"]   the same, where there is no sliding window
+    FAMILIES["qwen2"]     … and a bias on q, k and v
+    FAMILIES["qwen3"]     … and RMSNorm of each head of q and k
+    FAMILIES["gemma"]     … and gains stored as their difference from 1, scaled embeddings (Gemma 1)
 
 To add a family, write a record. Where its architecture has something that no other has, add a
 field to model.Config, a branch in model.Block that reads it, and its value to `features` (the same
@@ -27,12 +33,30 @@ ACTIVATIONS = {  # their name -> ours
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_fast": "gelu_new",
+    "silu": "silu",
 }
 BYTE_LEVEL_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<|endoftext|>")
+ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope_fits(value, _):
+    """Whether a rope_scaling is one that model.rotation implements: none, or LLaMA 3's, whole."""
+    if value is None:
+        return True
+    kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else None
+    if kind == "default":
+        return value.get("partial_rotary_factor", 1) == 1
+    numbers = [value.get(key) for key in ROPE_KEYS] if kind == "llama3" else [None]
+    return all(type(n) in (int, float) and n > 0 for n in numbers) and numbers[1] < numbers[2]
+
+
 KINDS = {  # kind -> (what a value must be, test of a value given the fields read before it)
     "size": ("a positive integer", lambda v, _: type(v) is int and v > 0),
     "switch": ("true or false", lambda v, _: type(v) is bool),
     "epsilon": ("a number between 0 and 1", lambda v, _: type(v) is float and 0 < v < 1),
+    "base": ("a number above 1", lambda v, _: type(v) in (int, float) and 1 < v < 1e12),
+    "rope scaling": (f"null, or rope_type 'llama3' with {', '.join(ROPE_KEYS)}", rope_fits),
+    "no window": ("null: every token sees all before it", lambda v, _: v is None),
     "token id": (
         "an id below vocab_size",
         lambda v, fields: type(v) is int and 0 <= v < fields["vocab_size"],
@@ -78,8 +102,10 @@ class Family:
     transposed: a block's matrices are stored (in, out), as Conv1D does, where nn.Linear has
         (out, in).
     fused: our modules that lie side by side in one of theirs, in this order.
+    gain_offset: is added to the gain of every norm: Gemma stores the difference from 1.
     single, pair: how one text and two texts are put between special tokens, in the notation of
-        tokenizers' TemplateProcessing: $A and $B are the texts, :1 is token type 1.
+        tokenizers' TemplateProcessing: $A and $B are the texts, :1 is token type 1. None: the
+        models of the family differ, and each one's tokenizer.json says it.
     specials: tokens that a text is never cut inside of, where tokenizer.json does not say it.
     needed: tokens without which the tokenizer cannot work.
     """
@@ -93,13 +119,14 @@ class Family:
     stack: str
     layer: dict
     top: dict
-    single: str
-    pair: str
+    single: str | None
+    pair: str | None
     specials: tuple
     needed: tuple
     finish: Callable = dict
     transposed: bool = False
     fused: tuple = ()
+    gain_offset: float = 0.0
 
 
 # ------------------------------------------------------------------------------------ bert, roberta
@@ -308,7 +335,151 @@ GPT2 = Family(
     needed=("<|endoftext|>",),  # stands for an empty text
 )
 
-FAMILIES = {"bert": BERT, "roberta": ROBERTA, "opt": OPT, "gpt2": GPT2}
+
+# ---------------------------------------------------------------------- llama and its relatives
+
+
+def rope_of(hf, name, default):
+    """A rope field where transformers 5 writes it, in the object rope_parameters."""
+    parameters = hf.get("rope_parameters")
+    return parameters.get(name, default) if isinstance(parameters, dict) else default
+
+
+def first_eos(hf):
+    """There may be no padding token; any id does, since padding is masked and never read."""
+    return next(iter(eos_ids(hf)), 0)
+
+
+def llama_shapes(fields):
+    """LLaMA 3's scaling as the four numbers in the order of model.rotation."""
+    scaling = fields["rope_scaling"] or {}
+    numbers = tuple(float(scaling[key]) for key in ROPE_KEYS if key in scaling) or None
+    fields = {name: value for name, value in fields.items() if name != "sliding_window"}
+    return fields | {"rope_scaling": numbers, "rope_theta": float(fields["rope_theta"])}
+
+
+LLAMA = Family(
+    features={
+        "causal": True,
+        "pre_ln": True,
+        "final_norm": True,
+        "embed_norm": False,
+        "embed_dropout": False,
+        "rms_norm": True,
+        "bias": "none",
+        "gated": True,
+    },
+    fields={
+        "vocab_size": Field("vocab_size", "size"),
+        "hidden_size": Field("hidden_size", "size"),
+        "num_layers": Field("num_hidden_layers", "size"),
+        "num_heads": Field("num_attention_heads", "size"),
+        "num_kv_heads": Field(
+            "num_key_value_heads", "size", lambda hf: hf.get("num_attention_heads")
+        ),
+        "head_dim": Field(
+            "head_dim", "size", lambda hf: hf["hidden_size"] // hf["num_attention_heads"]
+        ),
+        "ffn_dim": Field("intermediate_size", "size"),
+        "max_positions": Field("max_position_embeddings", "size"),
+        "embed_dim": Field("hidden_size", "size"),
+        "pad_token_id": Field("pad_token_id", "token id", first_eos),
+        "layer_norm_eps": Field("rms_norm_eps", "epsilon", 1e-6),
+        "activation": Field("hidden_act", "activation", "silu"),
+        "rope_theta": Field("rope_theta", "base", lambda hf: rope_of(hf, "rope_theta", 10000.0)),
+        "rope_scaling": Field("rope_scaling", "rope scaling", lambda hf: hf.get("rope_parameters")),
+        "tied": Field("tie_word_embeddings", "switch", False),
+    },
+    finish=llama_shapes,
+    refused={
+        "attention_bias": ((False, None), "the attention's linear layers have no bias"),
+        "mlp_bias": ((False, None), "the feed-forward's linear layers have no bias"),
+        "pretraining_tp": ((1, None), "matrices are whole"),
+        "use_sliding_window": ((False, None), "every token sees all before it"),
+        "use_bidirectional_attention": ((False, None), "no token sees those after it"),
+    },
+    prefix="model.",
+    unprefixed=("score", "lm_head"),
+    ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    stack="layers",
+    layer={
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "out_proj": "self_attn.o_proj",
+        "attn_norm": "input_layernorm",
+        "gate_proj": "mlp.gate_proj",
+        "fc1": "mlp.up_proj",
+        "fc2": "mlp.down_proj",
+        "ffn_norm": "post_attention_layernorm",
+    },
+    top={
+        "word_embeddings": "embed_tokens",
+        "final_norm": "norm",
+        "lm_head": "lm_head",
+        "score": "score",
+    },
+    single=None,
+    pair=None,
+    specials=(),
+    needed=(),
+)
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    fields={
+        **LLAMA.fields,
+        "num_kv_heads": Field("num_key_value_heads", "size", 8),
+        "sliding_window": Field("sliding_window", "no window", 4096),
+    },
+)
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    features={**LLAMA.features, "bias": "qkv"},
+    fields={**LLAMA.fields, "num_kv_heads": Field("num_key_value_heads", "size", 32)},
+)
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    features={**LLAMA.features, "qk_norm": True},
+    fields={**QWEN2.fields, "head_dim": Field("head_dim", "size", 128)},
+    layer={**LLAMA.layer, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+)
+
+
+def gemma_shapes(fields):
+    """Embeddings times sqrt(d); "gelu", in the first config.json files, meant its tanh form."""
+    if fields["activation"] == "gelu":
+        fields = fields | {"activation": "gelu_new"}
+    return llama_shapes(fields) | {"embed_scale": fields["hidden_size"] ** 0.5}
+
+
+GEMMA = dataclasses.replace(
+    LLAMA,
+    fields={
+        **LLAMA.fields,
+        "num_kv_heads": Field("num_key_value_heads", "size", 16),
+        "head_dim": Field("head_dim", "size", 256),
+        "activation": Field("hidden_act", "activation", "gelu_pytorch_tanh"),
+        "pad_token_id": Field("pad_token_id", "token id", 0),
+        "tied": Field("tie_word_embeddings", "switch", True),
+    },
+    finish=gemma_shapes,
+    gain_offset=1.0,
+)
+
+FAMILIES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "opt": OPT,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+}
 REFUSED = {  # in every family, as Family.refused
     "quantization_config": ((None,), "weights are stored as numbers, not as codes"),
     "pruned_heads": (({}, None), "every block has all its heads"),
@@ -352,12 +523,20 @@ def config_fields(hf):
     for ours, field in family.fields.items():
         fields[ours] = read_field(hf, field, fields)
     fields = {"family": name, **family.features, **family.finish(fields)}
+    if fields["causal"]:
+        fields["eos_token_ids"] = eos_ids(hf)
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     if fields["max_positions"] < 1:
         raise ValueError(
             f"config.json: max_position_embeddings leaves {fields['max_positions']} positions"
         )
     return fields
+
+
+def eos_ids(hf):
+    """The tokens that end a text: eos_token_id is an id, a list of ids, or absent."""
+    found = hf.get("eos_token_id")
+    return tuple(e for e in (found if isinstance(found, list) else [found]) if type(e) is int)
 
 
 def read_field(hf, field, fields):

@@ -81,7 +81,7 @@ def names(*allowed):
 FLAGS = {  # name: (type, default, help)
     "task": (one_of(*glue.TASKS), "paraphrase", f"one of {', '.join(glue.TASKS)}"),
     "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
-    "model": (str, "minilm", "minilm, a folder in Hugging Face layout, or a hub id"),
+    "model": (str, "minilm", "minilm, smollm2, smollm2-q4, a folder, a .gguf file, or a hub id"),
     "targets": (
         names(*lora.LINEARS),
         ["q_proj", "v_proj"],

@@ -54,7 +54,7 @@ def read_json(path):
 
 
 def read_config(folder):
-    """config.json of a model folder.
+    """config.json of a model folder, with the ends of a text that generation_config.json names.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is not a JSON object.
@@ -62,7 +62,19 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: not a model in Hugging Face layout")
-    return read_json(path)
+    config, more = read_json(path), Path(folder) / "generation_config.json"
+    if more.is_file():
+        ends = read_json(more).get("eos_token_id")
+        config |= {} if ends is None else {"eos_token_id": ends}
+    return config
+
+
+def read_chat_template(folder):
+    """(Jinja template by which messages become a prompt, or None; tokenizer_config.json)."""
+    path = Path(folder) / "tokenizer_config.json"
+    options, alone = read_json(path) if path.is_file() else {}, Path(folder) / "chat_template.jinja"
+    template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")
+    return template if isinstance(template, str) else None, options
 
 
 def read_tensors(folder):
@@ -209,6 +221,11 @@ def check_sizes(tensors, config):
     if "position_embeddings" in FAMILIES[c.family].top:
         rows = c.max_positions + c.position_offset
         sizes["position_embeddings.weight"] = {"positions": rows, "hidden_size": c.hidden_size}
+    if c.rope_theta is not None:  # nothing else has the size of a head
+        heads = {"num_attention_heads x head_dim": c.num_heads * c.head_dim}
+        sizes["layers.0.q_proj.weight"] = {**heads, "hidden_size": c.hidden_size}
+        heads = {"num_key_value_heads x head_dim": c.num_kv_heads * c.head_dim}
+        sizes["layers.0.k_proj.weight"] = {**heads, "hidden_size": c.hidden_size}
     if c.type_vocab_size:
         shape = {"type_vocab_size": c.type_vocab_size, "hidden_size": c.hidden_size}
         sizes["token_type_embeddings.weight"] = shape
@@ -260,6 +277,8 @@ def convert(tensors, config, expected, head):
             problems.append(f"{theirs} ({stored.dtype}) is not a tensor of floating-point numbers")
             continue
         tensor = our_layout(stored, ours, family).to(torch.float32)
+        if ours.endswith("norm.weight"):
+            tensor = tensor + FAMILIES[family].gain_offset
         if tensor.shape != parameter.shape:
             shapes = f"{tuple(stored.shape)}, does not fit {ours} {tuple(parameter.shape)}"
             problems.append(f"{theirs} has shape {shapes}")
@@ -270,8 +289,14 @@ def convert(tensors, config, expected, head):
     whole = {m: [n for n in expected if n.rpartition(".")[0] == m] for m in head}
     fresh = tuple(m for m, names in whole.items() if set(names) <= set(absent))
     problems += [f"{n} is missing" for n in absent if n.rpartition(".")[0] not in fresh]
-    if config.head == "lm":  # the head of another task
-        used |= {f"{m}.{kind}" for m in ("score", "classifier") for kind in ("weight", "bias")}
+    # the head of another task
+    others = ("score", "classifier") if config.head == "lm" else ("lm_head",)
+    used |= {f"{m}.{kind}" for m in others for kind in ("weight", "bias")}
+    if config.head == "lm" and "lm_head.weight" in tensors and config.tied:
+        used.add("lm_head.weight")  # a copy of the embedding
+        embedding = tensors.get(hf_name(family, "word_embeddings.weight"))
+        if embedding is not None and not torch.equal(tensors["lm_head.weight"], embedding):
+            problems.append("lm_head.weight differs from the embedding that it is tied to")
     problems += [f"{one_line(n)} is unexpected" for n in tensors if n not in used]
     if problems:
         raise ValueError(f"the checkpoint does not fit a {family} model: {'; '.join(problems)}")
@@ -322,6 +347,8 @@ def load_tokenizer(folder, family, vocab_size):
             f"the tokenizer in {folder} has ids up to {highest}, the model's embedding "
             f"{vocab_size} rows: they do not belong together"
         )
+    if record.pair is None:  # the file says it
+        return tokenizer
     specials = {t for t in record.pair.replace(":1", "").split() if t[0] != "$"}
     tokenizer.post_processor = processors.TemplateProcessing(
         single=record.single,
@@ -335,6 +362,8 @@ def read_tokenizer(folder, record):
     """The tokenizer in whichever files are there, without the family's template."""
     if (folder / "tokenizer.json").is_file():
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if record.pair is None:
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, the one file that says it all")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return byte_level_bpe(folder, record.specials)
     if (folder / "vocab.txt").is_file():

@@ -18,6 +18,8 @@ def effective(model):
     found = {}
     for i, block in enumerate(model.layers):
         for place in lora.LINEARS + lora.RESIDUALS + lora.CROSS:
+            if place == "gate_proj" and not model.config.gated:
+                continue
             module, name = getattr(block, place), f"layers.{i}.{place}"
             adapter = isinstance(module, lora.LoRALayer)
             base = module.base if adapter else module
@@ -38,6 +40,8 @@ def effective(model):
 
 
 def layer_norm(x, norm):
+    if isinstance(norm, torch.nn.RMSNorm):
+        return x / torch.sqrt((x**2).sum(-1, keepdim=True) / x.shape[-1] + norm.eps) * norm.weight
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias
@@ -48,28 +52,61 @@ def activation(name, x):
         return x * (x > 0)
     if name == "gelu":
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "silu":
+        return x / (1 + torch.exp(-x))
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def attention(c, matrices, prefix, x):
+def affine(matrices, name, x):
+    matrix, bias = matrices[name]
+    return x @ matrix.T + (0 if bias is None else bias)
+
+
+def frequency(c, i):
+    """The angle by which pair i of a head turns from one position to the next."""
+    f = c.rope_theta ** (-2 * i / c.head_dim)
+    if c.rope_scaling is None:
+        return f
+    factor, low, high, original = c.rope_scaling
+    wavelength = 2 * math.pi / f
+    if wavelength < original / high:
+        return f
+    if wavelength > original / low:
+        return f / factor
+    share = (original / wavelength - low) / (high - low)
+    return (1 - share) * f / factor + share * f
+
+
+def turned(c, x):
+    """Each pair (i, i + half) of a head's numbers as one complex number, times e^(i angle)."""
+    half = c.head_dim // 2
+    pairs = torch.complex(x[:, :half], x[:, half:])  # (t, half)
+    angles = [[p * frequency(c, i) for i in range(half)] for p in range(len(x))]
+    pairs = pairs * torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def attention(c, matrices, block, prefix, x):
     """(t, d) -> (t, d), head by head."""
-
-    def linear(place, y):
-        matrix, bias = matrices[f"{prefix}.{place}"]
-        return y @ matrix.T + bias
-
-    t, width = len(x), c.hidden_size // c.num_heads
-    q, k, v = (linear(p, x) for p in ("q_proj", "k_proj", "v_proj"))
+    t, width = len(x), c.head_dim
     parts = []
     for h in range(c.num_heads):
-        cols = slice(h * width, (h + 1) * width)
-        scores = q[:, cols] @ k[:, cols].T / math.sqrt(width)  # (t, t)
+        own = h * c.num_kv_heads // c.num_heads  # the first heads share the first key and value
+        q, k, v = (
+            affine(matrices, f"{prefix}.{place}", x)[:, i * width : (i + 1) * width]
+            for place, i in (("q_proj", h), ("k_proj", own), ("v_proj", own))
+        )
+        if c.qk_norm:
+            q, k = layer_norm(q, block.q_norm), layer_norm(k, block.k_norm)
+        if c.rope_theta is not None:
+            q, k = turned(c, q), turned(c, k)
+        scores = q @ k.T / math.sqrt(width)  # (t, t)
         if c.causal:
             future = torch.arange(t)[None, :] > torch.arange(t)[:, None]
             scores = scores.masked_fill(future, -math.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        parts.append(weights @ v[:, cols])
-    return linear("out_proj", torch.cat(parts, -1))
+        parts.append(weights @ v)
+    return affine(matrices, f"{prefix}.out_proj", torch.cat(parts, -1))
 
 
 def encode(model, x):
@@ -80,7 +117,7 @@ def encode(model, x):
     for i, block in enumerate(model.layers):
         p = f"layers.{i}"
         sa_input = x
-        h = attention(c, matrices, p, layer_norm(x, block.attn_norm) if c.pre_ln else x)
+        h = attention(c, matrices, block, p, layer_norm(x, block.attn_norm) if c.pre_ln else x)
         x = sa_input @ matrices[f"{p}.residual_1"][0].T + h
         if not c.pre_ln:
             x = layer_norm(x, block.attn_norm)
@@ -89,8 +126,12 @@ def encode(model, x):
             x = layer_norm(x, block.attn_norm) if reuse else x
         ffn_input = x
         h = layer_norm(x, block.ffn_norm) if c.pre_ln else x
-        (w1, b1), (w2, b2) = matrices[f"{p}.fc1"], matrices[f"{p}.fc2"]
-        h = activation(c.activation, h @ w1.T + b1) @ w2.T + b2
+        if c.gated:
+            gate = activation(c.activation, affine(matrices, f"{p}.gate_proj", h))
+            h = gate * affine(matrices, f"{p}.fc1", h)
+        else:
+            h = activation(c.activation, affine(matrices, f"{p}.fc1", h))
+        h = affine(matrices, f"{p}.fc2", h)
         x = ffn_input @ matrices[f"{p}.residual_2"][0].T + h
         if not c.pre_ln:
             x = layer_norm(x, block.ffn_norm)
@@ -109,7 +150,9 @@ def logits(model, batch):
         x = model.word_embeddings.weight[ids]  # (n, embed_dim)
         if c.embed_dim != c.hidden_size:
             x = x @ model.project_in.weight.T
-        x = x + model.position_embeddings.weight[c.position_offset : c.position_offset + n]
+        if c.rope_theta is None:
+            x = x + model.position_embeddings.weight[c.position_offset : c.position_offset + n]
+        x = x * c.embed_scale
         if c.type_vocab_size:
             types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))[i, :n]
             x = x + model.token_type_embeddings.weight[types]
@@ -121,7 +164,8 @@ def logits(model, batch):
         if c.embed_dim != c.hidden_size:
             x = x @ model.project_out.weight.T
         if c.head == "lm":
-            result.append(x @ model.word_embeddings.weight.T)
+            head = model.word_embeddings if c.tied else model.lm_head
+            result.append(x @ head.weight.T)
         elif c.causal:
             result.append(x[-1] @ model.score.weight.T)
         else:

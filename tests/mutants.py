@@ -31,6 +31,7 @@ WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
+CAUSAL, GENERATION, GGUF = "test_causal.py", "test_generation.py", "test_gguf.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
@@ -61,12 +62,12 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "self.shortcut_ffn, previous_ffn_input, self.attn_norm)", "self.shortcut_ffn, sa_input, self.attn_norm)", "shortcut_ffn from this block", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "return norm(x) if self.config", "return norm(norm(x)) if self.config", "reuse normalises twice", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
     ("model.py", "        return norm(x) if self.config.shortcut_norm", "        return norm(x) if shortcut.in_forward and self.config.shortcut_norm", "reuse only where the shortcut is on", f"{SHORTCUTS}::test_forward_equals_dense_matrices"),
-    ("model.py", "is_causal=causal)", "is_causal=False)", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "is_causal=causal,", "is_causal=False,", "every token sees the future", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "q = self.split_heads(self.q_proj(queries))", "q = self.split_heads(self.q_proj(queries)) * 0.5", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "        return q, k, self.split_heads(", "        return q * 0.5, k, self.split_heads(", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
-    ("model.py", "+ c.position_offset  # (t,)", "# (t,)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "self.position_embeddings(positions + c.position_offset)", "self.position_embeddings(positions)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ('proxies.py', 'sum(g.norm() for _, g in found).item()', 'sum(g.norm() ** 2 for _, g in found).sqrt().item()', "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
@@ -74,7 +75,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ('proxies.py', 'sum((p * g).abs().sum() for p, g in found)', 'sum((p * g).sum().abs() for p, g in found)', "snip: absolute value of the sum", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
     ('proxies.py', 'sum((p * g).abs().sum() for p, g in found)', 'sum((p * g).abs().sum() for p, g in found[:1])', "snip without B", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
     ("proxies.py", "parameter.data.abs_()", "parameter.data.neg_()", "synflow without absolute values", f"{PROXIES}::test_synflow_by_finite_differences"),
-    ("proxies.py", "        block.attn_norm = block.ffn_norm = nn.Identity()\n", "", "synflow with LayerNorm", f"{PROXIES}::test_synflow_conserves_and_reaches_everything"),
+    ("proxies.py", "        block.attn_norm = block.ffn_norm = block.q_norm = block.k_norm = nn.Identity()\n", "", "synflow with LayerNorm", f"{PROXIES}::test_synflow_conserves_and_reaches_everything"),
     ("proxies.py", "(s / s.detach()) @ v", "(s.detach() / s.detach()) @ v", "synflow: no flow through q and k", f"{PROXIES}::test_exactly_zero_at_b_zero_and_said"),
     ("proxies.py", "    model.final_norm = nn.Identity()\n", "", "synflow with the last LayerNorm", f"{PROXIES}::test_synflow_conserves_and_reaches_everything"),
     ("proxies.py", "[(p.detach() * h).sum().item() for", "[-(p.detach() * h).sum().item() for", "grasp with the other sign", f"{PROXIES}::test_what_lives_at_b_zero"),
@@ -282,6 +283,26 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/prolora.py", "shift = max(1, len(chunk) // x)", "shift = 0", "no rotation", f"{RELATIVES1}::test_prolora_blocks_depend_on_the_rotation_alone"),
     ("relatives/prolora.py", "self.lora_A_shared = nn.Parameter(A[:shared, : n_in // x_A].clone())", "self.lora_A_shared = nn.Parameter(A[:shared, : n_in // x_A].clone() * x_A**0.5)", "drawn by the chunk's fan-in", f"{RELATIVES1}::test_prolora_bound_is_rectified_and_its_plain_cases_are_lora"),
     ("lora.py", '            about[name]["kind"] = layer.kind\n', "            pass\n", "the file does not say that it is DoRA", f"{RELATIVES1}::test_an_adapter_file_loads_as_plain_lora_where_that_is_equal"),
+    # ------------------------------------------------ LLaMA and its relatives, GGUF files, generation
+    ("model.py", "[first * cos - second * sin, second * cos + first * sin]", "[first * cos + second * sin, second * cos - first * sin]", "q and k turned the other way", f"{CAUSAL}::test_angles_add_up"),
+    ("model.py", "first, second = x.chunk(2, dim=-1)\n    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)", "first, second = x[..., ::2], x[..., 1::2]\n    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)", "interleaved instead of half-split", f"{CAUSAL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "frequencies = (1 - s) * frequencies / factor + s * frequencies", "frequencies = frequencies / factor", "all frequencies scaled alike", f"{CAUSAL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=grouped", "q, k.repeat(1, q.shape[1] // k.shape[1], 1, 1), v.repeat(1, q.shape[1] // v.shape[1], 1, 1), attn_mask=mask, dropout_p=p, is_causal=causal", "keys tiled a b a b", f"{CAUSAL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "act(self.gate_proj(x)) * h", "self.gate_proj(x) * act(h)", "the activation on the wrong factor", f"{CAUSAL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "rotate(self.k_norm(self.split_heads(self.k_proj(x))), turns[1])", "self.k_norm(rotate(self.split_heads(self.k_proj(x)), turns[1]))", "k normalised after it is turned", f"{CAUSAL}::test_logits_equal_the_dense_derivation"),
+    ("model.py", "turns = [pick(part.expand(len(read), -1, -1), read) for part in turned], turned", "turns = [part[:, :1] for part in turned], turned", "the query that is read stays at position 0", f"{CAUSAL}::test_last_layer_at_one_position_equals_all_positions"),
+    ("model.py", "wide = torch.promote_types(x.dtype, torch.float32)", "wide = x.dtype", "angles in bfloat16", f"{CAUSAL}::test_angles_in_bfloat16_are_those_of_float32"),
+    ("model.py", "self.config.causal and read is None and not cache", "self.config.causal and read is None", "a new token sees the first key alone", f"{GENERATION}::test_cached_equals_uncached"),
+    ("support/hf_folder.py", "tensor = tensor + FAMILIES[family].gain_offset", "pass", "Gemma's gains without 1", f"{CAUSAL}::test_a_folder_gives_the_model_that_was_written"),
+    ("support/generation.py", "positions = cache.lengths[:, None]  # (b, 1)", "positions = torch.full_like(cache.lengths, cache.mask.shape[1])[:, None]", "short rows go on at the longest one's position", f"{GENERATION}::test_cached_equals_uncached"),
+    ("support/generation.py", "ordered.where(before < top_p, 0.0)", "ordered.where(before + ordered < top_p, 0.0)", "the nucleus stops one token early", f"{GENERATION}::test_the_nucleus"),
+    ("support/generation.py", "tokens = tokens.where(~ended, model.config.pad_token_id)", "pass", "a text goes on after its end", f"{GENERATION}::test_a_text_ends_at_its_end"),
+    ("support/generation.py", "candidates = [\n                (total[i, j].item() / length**length_penalty,", "candidates = [\n                (total[i, j].item() * length**length_penalty,", "the length penalty upside down", f"{GENERATION}::test_beams_equal_a_search_by_hand"),
+    ("support/generation.py", "        cache.reorder((beam + n * torch.arange(b, device=device)[:, None]).flatten())\n", "", "beams go on with another's cache", f"{GENERATION}::test_beams_equal_a_search_by_hand"),
+    ("support/gguf_file.py", "return pairs.transpose(1, 2).reshape(tensor.shape)", "return pairs.reshape(tensor.shape)", "rows of q and k left interleaved", f"{GGUF}::test_a_file_gives_the_model_that_was_written"),
+    ("support/gguf_file.py", "tensor = tensor - 1", "pass", "1 added twice to Gemma's gains", f"{GGUF}::test_a_file_gives_the_model_that_was_written"),
+    ("support/gguf_file.py", "merges += [(-score, pair)", "merges += [(score, pair)", "merges of the lowest score first", f"{GGUF}::test_sentence_piece_merges_by_score"),
+    ("lora.py", 'if place != "gate_proj"]', 'if True]', "a gate where there is none", f"{CAUSAL}::test_gate_proj_is_a_place_where_there_is_a_gate"),
 ]
 # fmt: on
 

@@ -111,9 +111,9 @@ def test_too_long_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not implemented"),
+        ({"model_type": "t5"}, "model_type 't5' is not implemented"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of relu, gelu"),
+        ({"hidden_act": "swish"}, "hidden_act is 'swish', expected one of relu, gelu"),
         ({"is_decoder": True}, "is_decoder = True"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"hidden_size": 13}, "hidden_size 13 is not a multiple of num_heads 3"),

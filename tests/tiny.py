@@ -16,10 +16,15 @@ from support import download
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'?!"
 FAMILIES = ("bert", "roberta", "opt", "opt-350m", "gpt2")
+# One width of a head for each of three kinds of grouping: 6 heads on 2 pairs of key and value, 4 on
+# 4, 4 on 1; no width of the attention equals the model's.
+CAUSAL = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gemma")
 
 
 def config(family, **overrides):
     """A config of each family; "opt-350m" is OPT with LayerNorm last and 8-wide embeddings."""
+    if family in CAUSAL:
+        return causal_config(family, **overrides)
     name = "opt" if family == "opt-350m" else family
     fields = dict(
         family=name,
@@ -41,6 +46,42 @@ def config(family, **overrides):
         final_norm=family in ("opt", "gpt2"),
         position_offset=2 if name in ("opt", "roberta") else 0,
         type_vocab_size={"bert": 2, "roberta": 1}.get(name, 0),
+        num_labels=3,
+    )
+    return Config(**{**fields, **overrides})
+
+
+def causal_config(family, **overrides):
+    """LLaMA and its relatives; "llama3" has an untied head and rope scaling that shows early."""
+    heads, kv_heads = {"qwen2": (4, 4), "gemma": (4, 1)}.get(family, (6, 2))
+    fields = dict(
+        family="llama" if family == "llama3" else family,
+        vocab_size=90,
+        hidden_size=12,
+        num_layers=3,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=4,
+        ffn_dim=20,
+        max_positions=40,
+        embed_dim=12,
+        pad_token_id=1,
+        layer_norm_eps=1e-5,
+        activation="gelu_new" if family == "gemma" else "silu",
+        causal=True,
+        pre_ln=True,
+        final_norm=True,
+        embed_norm=False,
+        embed_dropout=False,
+        rms_norm=True,
+        gated=True,
+        bias="qkv" if family == "qwen2" else "none",
+        qk_norm=family == "qwen3",
+        rope_theta=30.0,
+        rope_scaling=(4.0, 1.0, 3.0, 24.0) if family == "llama3" else None,
+        embed_scale=12**0.5 if family == "gemma" else 1.0,
+        tied=family in ("llama", "gemma"),
+        eos_token_ids=(3,),
         num_labels=3,
     )
     return Config(**{**fields, **overrides})

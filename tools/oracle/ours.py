@@ -356,7 +356,8 @@ def build(config, weights, adapters):
     state, _ = hf_folder.convert(weights, c, model.state_dict(), model.head)
     model.load_state_dict(state, assign=True)
     model.to(next(iter(weights.values())).dtype)
-    names = [f"layers.{i}.{place}" for i in range(c.num_layers) for place in PLACES]
+    there = [place for place in PLACES if place != "gate_proj" or c.gated]
+    names = [f"layers.{i}.{place}" for i in range(c.num_layers) for place in there]
     paths = {name: full_path(c.family, name) for name in names}
     paths = {name: path for name, path in paths.items() if path in adapters}
     places = dict.fromkeys(name.rpartition(".")[2] for name in paths)

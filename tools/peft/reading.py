@@ -22,6 +22,7 @@ import lora
 from model import Config, Transformer
 from relatives.dora import DoRA
 from support import download, hf_folder
+from support.families import FAMILIES
 from tools.peft.config import is_target, names, pattern_value, read_config
 from tools.peft.writing import HEADS, ROOT, Pair, full_path
 
@@ -153,7 +154,7 @@ def fit(config, found, head, model):
     """
     family, places = model.config.family, {}  # full path -> our modules in it
     for i in range(model.config.num_layers):
-        for place in lora.LINEARS:
+        for place in [p for p in lora.LINEARS if p in FAMILIES[family].layer]:
             name = f"layers.{i}.{place}"
             places.setdefault(full_path(family, name), []).append(name)
     problems = [

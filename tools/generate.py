@@ -1,0 +1,147 @@
+"""What a causal model writes, as it comes: python tools/generate.py --run RUN "prompt"
+
+    --run DIR         the model of a run, with what the run trained
+    --model NAME      a model as it is (minilm's kind cannot write): a name, folder or GGUF file
+    --no-adapter      the model of the run without what the run trained: what training did
+    --plain           the prompt as it is; else the model's chat template, where it has one
+
+A chat template is a Jinja program that comes with the model. It runs in Jinja's sandbox, which lets
+it make text and nothing else; jinja2 comes with torch.
+
+What this file does not do: choose tokens (support/generation.py), keep a conversation.
+"""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lora  # noqa: E402
+from model import load_pretrained  # noqa: E402
+from support import download, generation, hf_folder, run_folder, seeds  # noqa: E402
+from support.errors import one_line  # noqa: E402
+
+
+def load(args):
+    """(model in eval mode, tokenizer, chat template or None, special tokens by their names)."""
+    flags = run_folder.read_config(args.run) if args.run else {"model": args.model}
+    name = flags.get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{args.run}/config.json names no model: not a run of train.py")
+    norm = flags.get("shortcut_norm", "none")
+    model, tokenizer = load_pretrained(name, head="lm", shortcut_norm=norm)
+    if args.run and not args.no_adapter:
+        lora.load_adapter(model, args.run)
+    template, options = hf_folder.read_chat_template(download.model_folder(name))
+    specials = {}
+    for key in ("bos_token", "eos_token"):
+        token = options.get(key) or ""
+        specials[key] = token["content"] if isinstance(token, dict) else token
+    return model.eval(), tokenizer, template, specials
+
+
+def render(template, prompt, specials):
+    """The prompt as the model's chat template puts it, up to where the answer begins.
+
+    Raises:
+        ValueError: the template is no Jinja, or does not take a single message of a user.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **specials
+        )
+    except Exception as error:  # Jinja's, or any that the template's own program raises
+        raise ValueError(f"the chat template fails: {one_line(error)}; try --plain") from error
+
+
+def texts(tokenizer, tokens):
+    """Yields the text of new tokens, piece by piece; joined they are the text of all of them.
+
+    A character that is cut between two tokens waits for the second.
+    """
+    ids, said = [], ""
+    for token in tokens:
+        ids.append(token.item())
+        text = tokenizer.decode(ids)
+        if not text.endswith("�"):
+            yield text[len(said) :]
+            said = text
+    yield tokenizer.decode(ids)[len(said) :]
+
+
+def write(args):
+    """Print what the model writes. ValueError or OSError on bad input."""
+    model, tokenizer, template, specials = load(args)
+    if template and not args.plain:  # it has the special tokens in it
+        ids = tokenizer.encode(
+            render(template, args.prompt, specials), add_special_tokens=False
+        ).ids
+    else:
+        ids = tokenizer.encode(args.prompt).ids
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one word")
+    prompt = torch.tensor([ids])  # (1, t)
+    limit = min(args.max_new_tokens, model.config.max_positions - len(ids))
+    if args.num_beams > 1:
+        how = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+        print(tokenizer.decode(model.generate(prompt, limit, **how)[0].tolist()))
+        return
+    rng = seeds.generator(args.seed, "generation") if args.temperature else None
+    new = generation.stream(model, prompt, limit, None, args.temperature, args.top_p, generator=rng)
+    for piece in texts(tokenizer, new):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main(argv=None):
+    """Exit code: 0 done, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="smollm2, smollm2-q4, a folder, a .gguf file or a hub id")
+    parser.add_argument("--no-adapter", action="store_true", help="without what the run trained")
+    parser.add_argument("--plain", action="store_true", help="without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="default 100")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy, the default")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the nucleus, default 1 = all")
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
+    parser.add_argument("--num-beams", type=int, default=1, help="more than 1: beam search")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams, default 1")
+    args = parser.parse_args(argv)
+    try:
+        if args.no_adapter and not args.run:
+            raise ValueError("--no-adapter needs --run DIR: --model has no adapter")
+        if args.num_beams != 1 and (args.temperature or args.top_p != 1):
+            raise ValueError("--num-beams beside --temperature or --top-p: beams are not sampled")
+        if args.num_beams == 1 and args.length_penalty != 1:
+            raise ValueError("--length-penalty does nothing without --num-beams")
+        write(args)
+    except (ValueError, OSError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
