@@ -134,20 +134,22 @@ class Drawing(ast.NodeVisitor):
 
     def visit_ClassDef(self, node):
         self.functions.append(node.name)
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None  # an annotation
+            for default in node.args.defaults + node.args.kw_defaults:
+                self.default(default)
         self.generic_visit(node)
         self.functions.pop()
 
-    def visit_FunctionDef(self, node):
-        node.returns = None  # an annotation
-        for default in node.args.defaults + node.args.kw_defaults:
-            self.default(default)
-        self.visit_ClassDef(node)
+    visit_FunctionDef = visit_ClassDef
 
     def default(self, node):
-        value = getattr(node, "value", "") if isinstance(node, ast.Constant) else ""
-        if value is None:
+        """Of an argument or a field; numbers and truth values are edited wherever they stand."""
+        if isinstance(node, ast.Constant) and node.value is None:
             self.replace(node, "0", "default")
-        elif isinstance(value, str) and node and not isinstance(node, ast.UnaryOp):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            self.replace(node, "None", "default")
+        elif isinstance(node, ast.Tuple | ast.Name | ast.Attribute):
             self.replace(node, "None", "default")
 
     def visit_arg(self, node):
