@@ -145,12 +145,11 @@ class Drawing(ast.NodeVisitor):
 
     def default(self, node):
         """Of an argument or a field; numbers and truth values are edited wherever they stand."""
-        if isinstance(node, ast.Constant) and node.value is None:
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if text or isinstance(node, ast.Tuple | ast.Name | ast.Attribute):
+            self.replace(node, "None", "default")
+        elif isinstance(node, ast.Constant) and node.value is None:
             self.replace(node, "0", "default")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            self.replace(node, "None", "default")
-        elif isinstance(node, ast.Tuple | ast.Name | ast.Attribute):
-            self.replace(node, "None", "default")
 
     def visit_arg(self, node):
         """Nothing: a name and an annotation."""
