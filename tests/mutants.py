@@ -328,7 +328,9 @@ def verdict(status, report):
 def tested(jobs, processes):
     """Run the jobs of a list, first to last, while others may change it; yields (job, verdict)."""
     running = {}
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis"
+    )
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / f"copy{i}" for i in range(processes)]
         for copy in copies:
@@ -416,6 +418,7 @@ def systematic(words, sample, seed, processes, minutes):
         if said == "SURVIVED" and key in known:
             said = f"listed: {known[key]}"
         elif said == "SURVIVED" and job.tests is CONCERNED[job.file]:
+            print(f"{job.file}:{mutant.line} {key[2]} -> {key[3]}: to all tests", flush=True)
             jobs.insert(0, job._replace(tests=others(job.tests), seconds=5 * SECONDS))
             continue
         counts[re.match(r"\w+", said)[0]] += 1
