@@ -85,6 +85,23 @@ def draw(source):
     return sorted(drawing.found)
 
 
+def listed(text):
+    """The entries of survivors.txt: {(file, function, line before, line after): reason}.
+
+    Raises:
+        ValueError: an entry that is not of four lines, each with what belongs in it.
+    """
+    result = {}
+    for entry in text.split("\n\n")[1:]:  # the first paragraph says what this is
+        place, *lines = entry.strip().splitlines()
+        if [line[:2] for line in lines] != ["- ", "+ ", "= "] or not all(x[2:] for x in lines):
+            raise ValueError(f"expected 'file function', '- …', '+ …', '= …', got:\n{entry}")
+        before, after, reason = (line[2:] for line in lines)
+        file, _, function = place.partition(" ")
+        result[file, function, before, after] = reason
+    return result
+
+
 class Drawing(ast.NodeVisitor):
     """The walk through the tree, which knows in what function it is."""
 

@@ -372,7 +372,7 @@ def draw_all(words):
     """Every mutant that drawn_mutants finds in the root files.
 
     Returns:
-        list of (file, mutant, (file, function, line before, line after)), the last as in listed().
+        list of (file, mutant, (file, function, line before, line after)), the last as in survivors.txt.
     """
     found = []
     for file in CONCERNED:
@@ -384,30 +384,17 @@ def draw_all(words):
     return found
 
 
-def listed():
-    """The entries of survivors.txt: {(file, function, line before, line after): reason}.
-
-    Raises:
-        ValueError: an entry that is not of four lines, or has no reason.
-    """
-    result = {}
-    for entry in SURVIVORS.read_text().split("\n\n")[1:]:  # the first one says what this is
-        lines = entry.strip().splitlines()
-        if [line[:2] for line in lines[1:]] != ["- ", "+ ", "= "]:
-            raise ValueError(f"{SURVIVORS.name}: expected four lines, '… - + =', got:\n{entry}")
-        place, before, after, reason = lines[0], *(line[2:] for line in lines[1:])
-        file, _, function = place.partition(" ")
-        result[file, function, before, after] = reason
-    return result
-
-
 def systematic(words, sample, seed, processes, minutes):
     """Mutants that are drawn, in a random order, as many as there is time for; the exit code.
 
     First the tests that concern the file, the likeliest first; what survives these meets all the
     others. At last every test that killed one is run without any edit: it must pass.
     """
-    found, known, end = draw_all(words), listed(), time.monotonic() + 60 * minutes
+    found, known, end = (
+        draw_all(words),
+        drawn_mutants.listed(SURVIVORS.read_text()),
+        time.monotonic() + 60 * minutes,
+    )
     random.Random(seed).shuffle(found)
     found = found[:sample]
     source = {file: (ROOT / file).read_text() for file in CONCERNED}

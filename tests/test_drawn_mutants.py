@@ -110,3 +110,21 @@ def test_every_edit_of_the_root_files_is_python_and_another_program():
         assert len({(m.start, m.old, m.new) for m in found}) == len(found)
         for mutant in found[::20]:
             assert ast.dump(ast.parse(mutant.apply(source))) != tree
+
+
+def test_every_survivor_that_is_listed_can_still_be_drawn():
+    root = Path(drawn_mutants.__file__).parents[1]
+    for key in drawn_mutants.listed((root / "tests" / "survivors.txt").read_text()):
+        source = (root / key[0]).read_text()
+        drawn = {(m.where, *m.lines(source)) for m in drawn_mutants.draw(source)}
+        assert key[1:] in drawn, f"{key} is drawn no more: take it off the list"
+
+
+def test_the_list_of_survivors_is_read():
+    text = "Words.\nMore words.\n\na.py Box.grow\n- f(a, b)\n+ f(b, a)\n= f is symmetric\n"
+    assert drawn_mutants.listed(text) == {
+        ("a.py", "Box.grow", "f(a, b)", "f(b, a)"): "f is symmetric"
+    }
+    for wrong in (text.replace("= f is symmetric\n", ""), text.replace("f is symmetric", "")):
+        with pytest.raises(ValueError, match=r"a\.py Box\.grow"):
+            drawn_mutants.listed(wrong)
