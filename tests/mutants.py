@@ -390,11 +390,8 @@ def systematic(words, sample, seed, processes, minutes):
     First the tests that concern the file, the likeliest first; what survives these meets all the
     others. At last every test that killed one is run without any edit: it must pass.
     """
-    found, known, end = (
-        draw_all(words),
-        drawn_mutants.listed(SURVIVORS.read_text()),
-        time.monotonic() + 60 * minutes,
-    )
+    found, end = draw_all(words), time.monotonic() + 60 * minutes
+    known = drawn_mutants.listed(SURVIVORS.read_text())
     random.Random(seed).shuffle(found)
     found = found[:sample]
     source = {file: (ROOT / file).read_text() for file in CONCERNED}
