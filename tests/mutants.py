@@ -1,27 +1,43 @@
-"""Wrong variants of the formulas, each of which some test must notice: python tests/mutants.py [WORD …]
+"""Wrong variants, each of which some test must notice: python tests/mutants.py [WORD …]
 
 Each mutant is one edit of a source file. It is applied to a copy of the project, the tests that concern it are run, and it
 is killed if one fails. With words, only mutants whose description or file holds one of them. Exit code 1 if one
 survives, if an edit no longer fits its file, or if its tests could not be run.
 
+    python tests/mutants.py                                       those of the list below: the formulas and rules
+    python tests/mutants.py --systematic [--sample N] [--seed S]  every small edit (drawn_mutants.py) of the six root files
+
+Of those that are drawn some compute the same as the source: they stand in survivors.txt, each with the reason. Exit code
+1 if one survives that is not listed.
+
 Torch is loaded once; every mutant is tested in a process that is forked from here.
 """
 
+import argparse
+import collections
+import math
 import os
+import random
 import re
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads does not survive a fork
 
 import hypothesis  # noqa: F401  what the tests would load, each for itself
 import matplotlib.pyplot  # noqa: F401
 import pytest
+import safetensors.torch  # noqa: F401
+import tokenizers  # noqa: F401
 import torch
+
+import drawn_mutants
 
 ROOT = Path(__file__).parents[1]
 LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
@@ -35,7 +51,33 @@ CAUSAL, GENERATION, GGUF = "test_causal.py", "test_generation.py", "test_gguf.py
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
-SECONDS = 300  # for the tests of one mutant
+SURVIVORS = ROOT / "tests" / "survivors.txt"
+SECONDS = (
+    120  # of the processor, for the tests of one mutant; all tests may take five times as many
+)
+WAIT = 5  # seconds of the clock for each of these, as other programs run too
+
+CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first
+    "model.py": [MODEL, SHORTCUTS, FOLDER, DOORS, TRAIN],
+    "lora.py": [LORA, WHEN_OFF, RANKS, SHORTCUTS, DELTA, DOORS],
+    "proxies.py": [PROXIES, DOORS, SETTINGS, HETERO],
+    "allocate.py": [ALLOCATE, HETERO, RANKS, TRAIN],
+    "delta_lora.py": [DELTA, WHEN_OFF, RANKS],
+    "train.py": [TRAIN, HETERO, DOORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
+}
+# Not of the code's behaviour, or minutes long in processes of their own.
+SKIPPED = ("test_docs.py", "test_torchrun.py", "test_faults.py", "test_drawn_mutants.py")
+
+
+class Job(NamedTuple):
+    """A file's whole source, the tests (files, or file::test) it has to meet, and what it is."""
+
+    file: str
+    source: str
+    tests: list
+    about: object
+    seconds: int = SECONDS
+
 
 # fmt: off
 MUTANTS = [  # (file, old, new, what is wrong, tests)
@@ -307,75 +349,176 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
 # fmt: on
 
 
-def start(root, mutant, report):
-    """Apply one edit to the copy at root and fork a process that runs its tests; its pid, or
-    None."""
-    file, old, new, _, tests = mutant
-    path = root / file
-    source = path.read_text()
-    if source.count(old) != 1:
-        return None
-    path.write_text(source.replace(old, new, 1))
+def applied(mutant):
+    """The file's source with a mutant of MUTANTS, or None where the edit no longer fits."""
+    file, old, new = mutant[:3]
+    source = (ROOT / file).read_text()
+    return source.replace(old, new, 1) if source.count(old) == 1 else None
+
+
+def start(root, job, report):
+    """Write a job's source into the copy at root, fork a process that runs its tests; its pid."""
+    (root / job.file).write_text(job.source)
     pid = os.fork()
     if pid:
         return pid
+    code = 3  # pytest's own for what went wrong inside it
     try:
-        signal.alarm(SECONDS)
+        signal.alarm(WAIT * job.seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (job.seconds, resource.RLIM_INFINITY))
         os.chdir(root)
         sys.path.remove(str(ROOT / "tests"))
         sys.dont_write_bytecode = True
         os.dup2(report.fileno(), 1)
         os.dup2(report.fileno(), 2)
-        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{tests}"])
+        tests = [f"tests/{t}" for t in job.tests]
+        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])
     finally:
         sys.stdout.flush()
         os._exit(int(code))
 
 
 def verdict(status, report):
-    """What became of a mutant, in words."""
+    """What became of a job, in words."""
     code = os.waitstatus_to_exitcode(status)
     report.seek(0)
     if code == 0:
         return "SURVIVED"
-    if code == -signal.SIGALRM:
-        return f"killed: no end within {SECONDS} s"
-    by = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\w+)", report.read(), re.M)
-    if code != 1 or not by:  # 1: a test failed; else nothing was tested
-        return f"NOT TESTED: pytest ended with {code}"
-    return f"killed by {by[1]}"
+    if code in (-signal.SIGALRM, -signal.SIGXCPU):
+        return "killed: no end in sight"
+    text = report.read()
+    if by := re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\w+)", text, re.M):
+        return f"killed by {by[1]}"
+    if by := re.search(r"^ERROR \S*?(test_\w+\.py)", text, re.M):
+        return f"broken: {by[1]} cannot be imported"
+    return f"NOT TESTED: pytest ended with {code}"
 
 
-def main(words):
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # loads the rest of torch
-    waiting = [m for m in MUTANTS if not words or any(w in m[3] or w in m[0] for w in words)]
-    total, killed, started, running = len(waiting), 0, time.monotonic(), {}
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+def tested(jobs, processes):
+    """Run the jobs of a list, first to last, while others may change it; yields (job, verdict)."""
+    running = {}
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        copies = [Path(folder) / f"copy{i}" for i in range(os.cpu_count())]
+        copies = [Path(folder) / f"copy{i}" for i in range(processes)]
         for copy in copies:
             shutil.copytree(ROOT, copy, ignore=ignored)
-        while waiting or running:
-            while waiting and copies:
-                mutant, root = waiting.pop(0), copies.pop()
+        while jobs or running:
+            while jobs and copies:
+                job, root = jobs.pop(0), copies.pop()
                 report = open(root / "report.txt", "w+")  # noqa: SIM115  closed when it is read
-                pid = start(root, mutant, report)
-                if pid:
-                    running[pid] = mutant, root, report
-                else:
-                    print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
-                    copies.append(root)
-            if running:
-                pid, status = os.wait()
-                mutant, root, report = running.pop(pid)
-                shutil.copy(ROOT / mutant[0], root / mutant[0])
-                copies.append(root)
-                with report:
-                    said = verdict(status, report)
-                killed += said.startswith("killed")
-                print(f"{mutant[0]:<24}{mutant[3]:<52}{said}", flush=True)
-    print(f"{killed} of {total} killed in {time.monotonic() - started:.0f} s")
-    return 1 if killed < total or not total else 0
+                running[start(root, job, report)] = job, root, report
+            pid, status = os.wait()
+            job, root, report = running.pop(pid)
+            shutil.copy(ROOT / job.file, root / job.file)
+            copies.append(root)
+            with report:
+                said = verdict(status, report)
+            yield job, said
+
+
+# ------------------------------------------------------------------------------- of a list, or drawn
+
+
+def from_the_list(words, processes):
+    """Every mutant of MUTANTS; the exit code."""
+    chosen = [m for m in MUTANTS if not words or any(w in m[3] or w in m[0] for w in words)]
+    jobs, killed = [], 0
+    for mutant in chosen:
+        if source := applied(mutant):
+            jobs.append(Job(mutant[0], source, [mutant[4]], mutant[3]))
+        else:
+            print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+    for job, said in tested(jobs, processes):
+        killed += said.startswith("killed")
+        print(f"{job.file:<24}{job.about:<52}{said}", flush=True)
+    print(f"{killed} of {len(chosen)} killed", end="")
+    return 1 if killed < len(chosen) or not chosen else 0
+
+
+def draw_all(words):
+    """Every mutant that drawn_mutants finds in the root files.
+
+    Returns:
+        list of (file, mutant, (file, function, line before, line after)), the last as in survivors.txt.
+    """
+    found = []
+    for file in CONCERNED:
+        source = (ROOT / file).read_text()
+        for mutant in drawn_mutants.draw(source):
+            about = file, mutant.where, *mutant.lines(source), mutant.what
+            if not words or any(w in text for w in words for text in about):
+                found.append((file, mutant, about[:4]))
+    return found
+
+
+def systematic(words, sample, seed, processes, minutes):
+    """Mutants that are drawn, in a random order, as many as there is time for; the exit code.
+
+    First the tests that concern the file, the likeliest first; what survives these meets all the
+    others. At last every test that killed one is run without any edit: it must pass.
+    """
+    found, end = draw_all(words), time.monotonic() + 60 * minutes
+    known = drawn_mutants.listed(SURVIVORS.read_text())
+    random.Random(seed).shuffle(found)
+    found = found[:sample]
+    source = {file: (ROOT / file).read_text() for file in CONCERNED}
+    jobs = [Job(f, m.apply(source[f]), CONCERNED[f], (m, key)) for f, m, key in found]
+    counts, killers = collections.Counter(), set()
+    for job, said in tested(jobs, processes):
+        mutant, key = job.about
+        if said == "SURVIVED" and key in known:
+            said = f"listed: {known[key]}"
+        elif said == "SURVIVED" and job.tests is CONCERNED[job.file]:
+            print(f"{job.file}:{mutant.line} {key[2]} -> {key[3]}: to all tests", flush=True)
+            jobs.insert(0, job._replace(tests=others(job.tests), seconds=5 * SECONDS))
+            continue
+        counts[re.match(r"\w+", said)[0]] += 1
+        killers.update(re.findall(r"^killed by (\S+)", said))
+        print(f"{job.file}:{mutant.line} {mutant.where}: {mutant.what}: {said}", flush=True)
+        if not said.startswith(("killed", "broken")):
+            print(f"- {key[2]}\n+ {key[3]}", flush=True)
+        if time.monotonic() > end:
+            jobs[:] = [job for job in jobs if job.tests is not CONCERNED[job.file]]
+    killed = counts["killed"] + counts["broken"]  # so that it cannot be imported: noticed
+    print(
+        f"{len(found)} drawn, {counts.total()} reached in time: {killed} killed, "
+        f"{counts['listed']} listed, {counts['SURVIVED']} survived, {counts['NOT']} not tested",
+        end="",
+    )
+    file = next(iter(CONCERNED))
+    unchanged = [Job(file, source[file], sorted(killers), None, 5 * SECONDS)] if killers else []
+    for _, said in tested(unchanged, 1):
+        if said != "SURVIVED":
+            print(f"; but without any edit: {said}", end="")
+            return 1
+    return 0 if killed and not counts["SURVIVED"] + counts["NOT"] else 1
+
+
+def others(tests):
+    """The files of tests that are left when some have been run, without those of SKIPPED."""
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    return [name for name in files if name not in (*tests, *SKIPPED)]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants that hold one of them")
+    parser.add_argument("--systematic", action="store_true", help="draw mutants")
+    parser.add_argument("--sample", type=int, help="how many of those that are drawn; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which they are drawn")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant later")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # loads the rest of torch
+    started = time.monotonic()
+    if args.systematic:
+        code = systematic(args.words, args.sample, args.seed, args.processes, args.minutes)
+    else:
+        code = from_the_list(args.words, args.processes)
+    print(f", {time.monotonic() - started:.0f} s")
+    return code
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def whole_and_interrupted(flags, tmp_path, monkeypatch, stop_after, signum=signa
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", interrupted)
         assert train.main([*flags, "--out", str(broken)]) == 130
+    # the signal came after the step in which it would have been heeded: the next one is the last
+    assert weights(broken)["position"]["step"] == stop_after + 1
     torch.rand(7)  # whatever happened to the global generator in between
     assert train.main(["--resume", str(broken)]) == 0
     assert same(weights(whole), weights(broken))

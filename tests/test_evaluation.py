@@ -1,0 +1,53 @@
+"""Predictions and metrics: in eval mode, in the order of the examples, and the mode is kept."""
+
+import pytest
+import torch
+
+import lora
+import tiny
+from support import evaluation, glue
+
+
+def examples_of(model, n=70):
+    """More than one batch, of mixed lengths, with labels that are not in order."""
+    rng = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(n):
+        size = 2 + (7 * i) % 11
+        ids = torch.randint(5, model.config.vocab_size, (size,), generator=rng).tolist()
+        types = [0] + [1] * (size - 1)
+        found.append({"input_ids": ids, "token_type_ids": types, "label": i % 2})
+    return found
+
+
+@pytest.mark.parametrize("task, labels", [("mrpc", 2), ("stsb", 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_predictions_are_those_of_each_example_alone_without_dropout(task, labels, training):
+    model = tiny.adapted("bert", seed=11, num_labels=labels, dropout=0.5)  # of both classes
+    for layer in lora.adapters(model).values():
+        layer.lora_dropout = 0.5
+    examples = examples_of(model)
+    model.eval()
+    expected = []
+    for e in examples:
+        ids, types = torch.tensor([e["input_ids"]]), torch.tensor([e["token_type_ids"]])
+        logits = model(ids, torch.ones_like(ids), types).logits[0].tolist()
+        expected.append(logits[0] if labels == 1 else float(logits[1] > logits[0]))
+    assert len(set(expected)) > 1
+    model.train(training)
+    before = torch.get_rng_state()
+    found = evaluation.predict(model, glue.TASKS[task], examples)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert model.training is training and model.layers[0].training is training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_metrics_count_what_was_predicted():
+    model = tiny.adapted("bert", seed=11, num_labels=2, dropout=0.5).train()
+    examples, task = examples_of(model), glue.TASKS["mrpc"]
+    right = sum(
+        class_id == e["label"]
+        for class_id, e in zip(evaluation.predict(model, task, examples), examples, strict=True)
+    )
+    assert evaluation.evaluate(model, task, examples)["accuracy"] == pytest.approx(right / 70)
+    assert 0 < right < 70
