@@ -32,6 +32,7 @@ FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
+RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
 SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
@@ -234,6 +235,34 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("lora.py", "if merged or self.locked:", "if merged != self.locked:", "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
     ("lora.py", "        self._enabled = bool(on)\n", "", "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
     ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
+    # ----------------------------------------------- relatives: optimizer rules, allocators, theorem
+    ("relatives/plain.py", "A.grad.copy_(new_A)", "A.grad = new_A.T.contiguous().T", "gradients in another layout than A", f"{RULES}::test_adamw_takes_the_gradients_that_the_rule_makes"),
+    ("relatives/plain.py", "            if A.grad is not None:\n", "            if True:\n                A.grad, B.grad = (0 * p if p.grad is None else p.grad for p in (A, B))\n", "a module that is off is stepped", f"{RULES}::test_off_means_off_and_the_rest_is_adamw"),
+    ("relatives/lora_plus.py", 'name.endswith(".lora_B")', 'name.endswith(".lora_A")', "LoRA+ with A and B swapped", f"{RULES}::test_loraplus_moves_b_16_times_as_far_and_decays_it_so"),
+    ("relatives/lora_plus.py", ', "lr_ratio": ratio}', "}", "the loop forgets LoRA+'s ratio", f"{RULES}::test_the_loop_keeps_the_ratio"),
+    ("relatives/riemannian.py", "B.T @ B + delta * eye, grad_A", "A @ A.T + delta * eye, grad_A", "A's gradient through its own metric", f"{RULES}::test_riemannian_to_first_order_is_two_projections"),
+    ("relatives/riemannian.py", "A @ A.T + delta * eye, grad_B", "A @ A.T, grad_B", "no delta for B", f"{RULES}::test_riemannian_solves_its_two_systems"),
+    ("relatives/lora_pro.py", "    new_B = new_B - B @ (of_B[2] @ (B.T @ new_B))  # (out, r)\n", "", "LoRA-Pro counts P_B G P_A twice", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_pro.py", "X = sylvester(of_B, of_A, -new_A @ A.T)", "X = sylvester(of_B, of_A, new_A @ A.T)", "X with the other sign", f"{RULES}::test_lora_pro_changes_the_gradients_least"),
+    ("relatives/lora_pro.py", "(new_B - B @ X).to(dtype)", "(new_B + B @ X).to(dtype)", "X does not cancel in E", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_pro.py", "new_A = of_B[2] @ gA / s**2", "new_A = of_B[2] @ gA / s", "LoRA-Pro with s in place of s^2", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_rite.py", "values.clamp(min=0).sqrt()", "values.sqrt()", "fewer tokens than r: the root of a rounding error", f"{RULES}::test_rite_with_fewer_tokens_than_r"),
+    ("relatives/lora_rite.py", "    return torch.where(g.square().mean().sqrt() > 1, 0.0, g), U, inverse", "    return g, U, inverse", "RITE clips before it sets to zero, not after", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/lora_rite.py", "(values.clamp(min=0).sqrt() + EPS)", "(values.clamp(min=0) + EPS).sqrt()", "eps under RITE's root", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/lora_rite.py", "b1 * state[\"exp_avg\"] @ turn.T", "b1 * state[\"exp_avg\"]", "RITE's first moment does not turn", f"{RULES}::test_which_steps_do_not_see_the_basis"),
+    ("relatives/lora_rite.py", '(state["exp_avg"] @ inverse.T +', '(state["exp_avg"] @ inverse +', "RITE's step by R^-1", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/adalora.py", "** 3)", "** 2)", "a square schedule", f"{ALLOCATORS}::test_the_schedule_by_hand"),
+    ("relatives/adalora.py", "self.sensitivity[name] * self.uncertainty[name]", "self.sensitivity[name]", "AdaLoRA without the uncertainty", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", 's[f"{n}.lora_B"].mean(0)', 's[f"{n}.lora_B"].sum(0)', "B's entries are summed", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", "            layer.lora_E *= self.mask[name]\n", "            layer.lora_A *= self.mask[name]\n", "the mask is on A", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", "slope = 2 * off @ rows / off.norm().clamp(min=1e-12)", "slope = 4 * off @ rows", "the penalty's norm squared", f"{ALLOCATORS}::test_the_penalty_by_finite_differences"),
+    ("relatives/alora.py", "found[name, k] = -whole + without - alone", "found[name, k] = without - whole", "importance without the rank alone", f"{ALLOCATORS}::test_importance_by_deleting_ranks"),
+    ("relatives/alora.py", "                layer.lora_B[:, k] = 0\n", "", "a new rank begins with the old B", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
+    ("relatives/alora.py", "key=means.get, reverse=True", "key=means.get", "ranks go to the least important", f"{ALLOCATORS}::test_one_each_in_the_order_of_mean_importance"),
+    ("relatives/alora.py", "return worst[: len(worst) - left], grown", "return worst, grown", "more is pruned than grows", f"{ALLOCATORS}::test_who_loses_and_who_gains"),
+    ("relatives/alora.py", "alpha = lora_alpha * places / r", "alpha = lora_alpha", "the scale of 2 r places", f"{ALLOCATORS}::test_places_that_are_closed_compute_nothing"),
+    ("relatives/expressive_power.py", "A = torch.linalg.solve(below, Vh[piece], left=False)", "A = Vh[piece]", "the layers below are left out", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
+    ("relatives/expressive_power.py", "        start += r\n", "", "every layer adds the first piece", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
 ]
 # fmt: on
 
