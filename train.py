@@ -76,8 +76,8 @@ def set_up(args):
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
-    dynamic_ranks = dynamic_ranks or (allocator and allocator.single_ranks)
-    ranks = single_ranks.RankSteps(model) if dynamic_ranks else None
+    by_rank = dynamic_ranks or (allocator and allocator.single_ranks)
+    ranks = single_ranks.RankSteps(model) if by_rank else None
     optimizer = make_optimizer(model, args, ranks)
     run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
     if args.allocate in ("static", "dynamic"):
@@ -87,7 +87,7 @@ def set_up(args):
         if args.delta_start is None:
             args.delta_start = 0 if args.eval_only else len(epoch_steps(run, 0)) // 3
         run.delta = DeltaLoRA(model, ratio=args.delta_ratio, start=args.delta_start, lazy=lazy)
-    run.allocator = allocator(model, **around_steps(run)) if allocator else None
+    run.allocator = allocator and allocator(model, **around_steps(run))
     run.around = [x for x in (run.delta, run.allocator, run.ranks) if x]
     return run
 

@@ -96,10 +96,10 @@ class AdaLoRA:
         self.target = int(keep * self.total)
         if self.target < 1:
             raise ValueError(f"--keep {keep:g} of {self.total} ranks is none: give more")
-        parts = [(f"{n}.{k}", f) for n, a in self.layers.items() for k, f in a.factors().items()]
-        self.factors = dict(parts)
-        self.sensitivity = {name: torch.zeros_like(f) for name, f in parts}
-        self.uncertainty = {name: torch.zeros_like(f) for name, f in parts}
+        layers = self.layers.items()
+        self.factors = {f"{n}.{k}": f for n, a in layers for k, f in a.factors().items()}
+        self.sensitivity = {name: torch.zeros_like(f) for name, f in self.factors.items()}
+        self.uncertainty = {name: torch.zeros_like(f) for name, f in self.factors.items()}
         self.mask = {n: torch.ones_like(a.lora_E) for n, a in self.layers.items()}  # of the last
 
     @torch.no_grad()

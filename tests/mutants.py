@@ -79,6 +79,9 @@ class Job(NamedTuple):
     seconds: int = SECONDS
 
 
+RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
+SECONDS = 300  # for the tests of one mutant
+
 # fmt: off
 MUTANTS = [  # (file, old, new, what is wrong, tests)
     # ------------------------------------------------------------------------------------ lora.py
@@ -144,9 +147,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("allocate.py", "sums = np.concatenate([[0.0], values[items[i]].cumsum()])", "sums = np.concatenate([[0.0], values[items[i][::-1]].cumsum()])", "the worst of one size come first", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ("allocate.py", "items[i][: counts[state]]", "items[i][counts[state] :]", "the complement is chosen", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ("allocate.py", "state = int(parents[state])", "state = 0", "the way back through the states is lost", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
-    ("allocate.py", "math.ceil(exact)) == 0", "math.floor(exact)) == 0", "interval rounded down", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
+    ('allocate.py', 'return max(1, math.ceil(exact))', 'return max(1, math.floor(exact))', "interval rounded down", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
     ("allocate.py", "return step_in_epoch %", "return step %", "steps counted over epochs", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
-    ("allocate.py", "round(self.every * steps_per_epoch, 9)", "self.every * steps_per_epoch", "0.07 * 100 is more than 7", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
+    ('allocate.py', 'round(every * steps_per_epoch, 9)', 'every * steps_per_epoch', "0.07 * 100 is more than 7", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
     # ------------------------------------------------------------------------------ delta_lora.py
     ("delta_lora.py", "[new_B, -old_B]", "[new_B, old_B]", "new plus old product", f"{DELTA}::test_update_entry_by_entry"),
     ("delta_lora.py", "[new_B, -old_B]", "[old_B, -new_B]", "old minus new product", f"{DELTA}::test_update_entry_by_entry"),
@@ -222,7 +225,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("lora.py", "if a.in_forward and isinstance(a.base, nn.Linear)}", "if a.enabled and isinstance(a.base, nn.Linear)}", "frozen modules do not merge", f"{WHEN_OFF}::test_frozen_modules_merge_too"),
     ("lora.py", '"enabled": layer.in_forward}', '"enabled": layer.enabled}', "the file leaves out what is frozen", f"{WHEN_OFF}::test_a_saved_adapter_loads_to_equal_logits"),
     ('support/switches.py', 'on, "frozen" if frozen else "out"', 'on, layer.when_off', "a state_dict forgets what is frozen", f"{WHEN_OFF}::test_a_state_dict_carries_it"),
-    ("lora.py", "if layer.lora_B[:, k].any()}", "if layer.lora_A[k].any()}", "stored: what never learned counts", f"{WHEN_OFF}::test_trainable_at_once_and_stored"),
+    ('lora.py', 'if layer.from_zero()[k].any()}', 'if True}', "stored: what never learned counts", f"{WHEN_OFF}::test_trainable_at_once_and_stored"),
     ("delta_lora.py", "            if layer.in_forward:\n", "            if layer.enabled:\n", "the export leaves out what is frozen", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
     ("delta_lora.py", "if not layer.enabled:\n                self.end", "if not layer.in_forward:\n                self.end", "a frozen module's stretch goes on", f"{WHEN_OFF}::test_delta_lora_through_several_reallocations"),
     ("lora.py", "            return A[on], B[:, on]  #", "            return A, B  #", "ranks that are off stay in", f"{RANKS}::test_forward_and_gradients_equal_dense_matrices"),
@@ -238,7 +241,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
     ("support/checkpoint.py", 'layer.ranks_off = state["ranks_off"][name]', "layer.ranks_off = []", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
-    ("tools/peft/writing.py", "return Pair(self.lora_A, self.scaling * self.lora_B, 1.0)", "return Pair(self.lora_A, self.lora_B, 1.0)", "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
+    ('tools/peft/writing.py', 'return Pair(self.lora_A, self.scaling * self.lora_B, 1.0, self.magnitude)', 'return Pair(self.lora_A, self.lora_B, 1.0, self.magnitude)', "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
     ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
     ("tools/peft/writing.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
     ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
@@ -279,7 +282,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
     ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
     ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
-    ("support/settings.py", '("every", a.allocate == "dynamic",', '("every", allocates,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ('support/settings.py', '("every", a.allocate != "static",', '("every", True,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "a.lr * a.weight_decay >= 1,", "a.lr * a.weight_decay > 10,", "a decay that erases is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "a.delta_ratio == -1,", "False,", "a lambda that undoes LoRA is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "math.ceil(batches / args.accumulate)", "math.ceil(batches // args.accumulate)", "steps of an epoch rounded down", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
@@ -345,6 +348,34 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/gguf_file.py", "tensor = tensor - 1", "pass", "1 added twice to Gemma's gains", f"{GGUF}::test_a_file_gives_the_model_that_was_written"),
     ("support/gguf_file.py", "merges += [(-score, pair)", "merges += [(score, pair)", "merges of the lowest score first", f"{GGUF}::test_sentence_piece_merges_by_score"),
     ("lora.py", 'if place != "gate_proj"]', 'if True]', "a gate where there is none", f"{CAUSAL}::test_gate_proj_is_a_place_where_there_is_a_gate"),
+    # ----------------------------------------------- relatives: optimizer rules, allocators, theorem
+    ("relatives/plain.py", "A.grad.copy_(new_A)", "A.grad = new_A.T.contiguous().T", "gradients in another layout than A", f"{RULES}::test_adamw_takes_the_gradients_that_the_rule_makes"),
+    ("relatives/plain.py", "            if A.grad is not None:\n", "            if True:\n                A.grad, B.grad = (0 * p if p.grad is None else p.grad for p in (A, B))\n", "a module that is off is stepped", f"{RULES}::test_off_means_off_and_the_rest_is_adamw"),
+    ("relatives/lora_plus.py", 'name.endswith(".lora_B")', 'name.endswith(".lora_A")', "LoRA+ with A and B swapped", f"{RULES}::test_loraplus_moves_b_16_times_as_far_and_decays_it_so"),
+    ("relatives/lora_plus.py", ', "lr_ratio": ratio}', "}", "the loop forgets LoRA+'s ratio", f"{RULES}::test_the_loop_keeps_the_ratio"),
+    ("relatives/riemannian.py", "B.T @ B + delta * eye, grad_A", "A @ A.T + delta * eye, grad_A", "A's gradient through its own metric", f"{RULES}::test_riemannian_to_first_order_is_two_projections"),
+    ("relatives/riemannian.py", "A @ A.T + delta * eye, grad_B", "A @ A.T, grad_B", "no delta for B", f"{RULES}::test_riemannian_solves_its_two_systems"),
+    ("relatives/lora_pro.py", "    new_B = new_B - B @ (of_B[2] @ (B.T @ new_B))  # (out, r)\n", "", "LoRA-Pro counts P_B G P_A twice", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_pro.py", "X = sylvester(of_B, of_A, -new_A @ A.T)", "X = sylvester(of_B, of_A, new_A @ A.T)", "X with the other sign", f"{RULES}::test_lora_pro_changes_the_gradients_least"),
+    ("relatives/lora_pro.py", "(new_B - B @ X).to(dtype)", "(new_B + B @ X).to(dtype)", "X does not cancel in E", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_pro.py", "new_A = of_B[2] @ gA / s**2", "new_A = of_B[2] @ gA / s", "LoRA-Pro with s in place of s^2", f"{RULES}::test_lora_pro_is_the_least_squares_solution"),
+    ("relatives/lora_rite.py", "values.clamp(min=0).sqrt()", "values.sqrt()", "fewer tokens than r: the root of a rounding error", f"{RULES}::test_rite_with_fewer_tokens_than_r"),
+    ("relatives/lora_rite.py", "    return torch.where(g.square().mean().sqrt() > 1, 0.0, g), U, inverse", "    return g, U, inverse", "RITE clips before it sets to zero, not after", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/lora_rite.py", "(values.clamp(min=0).sqrt() + EPS)", "(values.clamp(min=0) + EPS).sqrt()", "eps under RITE's root", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/lora_rite.py", "b1 * state[\"exp_avg\"] @ turn.T", "b1 * state[\"exp_avg\"]", "RITE's first moment does not turn", f"{RULES}::test_which_steps_do_not_see_the_basis"),
+    ("relatives/lora_rite.py", '(state["exp_avg"] @ inverse.T +', '(state["exp_avg"] @ inverse +', "RITE's step by R^-1", f"{RULES}::test_rite_by_hand_in_the_space_of_the_other_factor"),
+    ("relatives/adalora.py", "** 3)", "** 2)", "a square schedule", f"{ALLOCATORS}::test_the_schedule_by_hand"),
+    ("relatives/adalora.py", "self.sensitivity[name] * self.uncertainty[name]", "self.sensitivity[name]", "AdaLoRA without the uncertainty", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", 's[f"{n}.lora_B"].mean(0)', 's[f"{n}.lora_B"].sum(0)', "B's entries are summed", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", "            layer.lora_E *= self.mask[name]\n", "            layer.lora_A *= self.mask[name]\n", "the mask is on A", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
+    ("relatives/adalora.py", "slope = 2 * off @ rows / off.norm().clamp(min=1e-12)", "slope = 4 * off @ rows", "the penalty's norm squared", f"{ALLOCATORS}::test_the_penalty_by_finite_differences"),
+    ("relatives/alora.py", "found[name, k] = -whole + without - alone", "found[name, k] = without - whole", "importance without the rank alone", f"{ALLOCATORS}::test_importance_by_deleting_ranks"),
+    ("relatives/alora.py", "                layer.lora_B[:, k] = 0\n", "", "a new rank begins with the old B", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
+    ("relatives/alora.py", "key=means.get, reverse=True", "key=means.get", "ranks go to the least important", f"{ALLOCATORS}::test_one_each_in_the_order_of_mean_importance"),
+    ("relatives/alora.py", "return worst[: len(worst) - left], grown", "return worst, grown", "more is pruned than grows", f"{ALLOCATORS}::test_who_loses_and_who_gains"),
+    ("relatives/alora.py", "alpha = lora_alpha * places / r", "alpha = lora_alpha", "the scale of 2 r places", f"{ALLOCATORS}::test_places_that_are_closed_compute_nothing"),
+    ("relatives/expressive_power.py", "A = torch.linalg.solve(below, Vh[piece], left=False)", "A = Vh[piece]", "the layers below are left out", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
+    ("relatives/expressive_power.py", "        start += r\n", "", "every layer adds the first piece", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
 ]
 # fmt: on
 
