@@ -424,7 +424,7 @@ def systematic(words, sample, seed, processes, minutes):
         if said != "SURVIVED":
             print(f"; but without any edit: {said}", end="")
             return 1
-    return 0 if killed and not counts["SURVIVED"] + counts["NOT"] else 1
+    return 0 if counts.total() and not counts["SURVIVED"] + counts["NOT"] else 1
 
 
 def others(tests):
