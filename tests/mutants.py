@@ -63,7 +63,13 @@ CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to n
     "train.py": [TRAIN, HETERO, DOORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
 }
 # Not of the code's behaviour, or minutes long in processes of their own.
-SKIPPED = ("test_docs.py", "test_torchrun.py", "test_faults.py", "test_drawn_mutants.py")
+SKIPPED = (
+    "test_docs.py",
+    "test_exercises.py",
+    "test_torchrun.py",
+    "test_faults.py",
+    "test_drawn_mutants.py",
+)
 
 
 class Job(NamedTuple):

@@ -21,7 +21,9 @@ def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
 
 def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
     folder = str(tiny.bert_folder(tmp_path / "model"))
-    default, same, other = (load_pretrained(folder, **kw) for kw in ({}, {"seed": 0}, {"seed": 1}))
+    default, same, other = (
+        load_pretrained(folder, **kw)[0] for kw in ({}, {"seed": 0}, {"seed": 1})
+    )
     assert default.classifier.weight.shape == (2, 12) and default.config.dropout == 0
     assert torch.equal(default.classifier.weight, same.classifier.weight)
     assert not torch.equal(default.classifier.weight, other.classifier.weight)
