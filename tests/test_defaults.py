@@ -1,0 +1,29 @@
+"""What a caller gets who names nothing: the values that the docstrings and the README state."""
+
+import torch
+
+import lora
+import tiny
+from model import load_pretrained
+
+
+def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
+    model = tiny.model("bert")
+    found = lora.inject(model)
+    assert set(found) == {f"layers.{i}.{p}_proj" for i in range(3) for p in "qv"}
+    for layer in found.values():
+        assert (layer.r, layer.scaling, layer.lora_dropout, layer.when_off) == (8, 2.0, 0.0, "out")
+    same, another = (lora.inject(tiny.model("bert"), seed=s) for s in (0, 1))
+    for name, layer in found.items():
+        assert torch.equal(layer.lora_A, same[name].lora_A)
+        assert not torch.equal(layer.lora_A, another[name].lora_A)
+
+
+def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
+    folder = str(tiny.bert_folder(tmp_path / "model"))
+    default, same, other = (
+        load_pretrained(folder, **kw)[0] for kw in ({}, {"seed": 0}, {"seed": 1})
+    )
+    assert default.classifier.weight.shape == (2, 12) and default.config.dropout == 0
+    assert torch.equal(default.classifier.weight, same.classifier.weight)
+    assert not torch.equal(default.classifier.weight, other.classifier.weight)
