@@ -1,5 +1,7 @@
 """Rank allocators against their rules written by hand, as parts of runs, and the theorem."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -216,8 +218,7 @@ def test_a_run_of_adalora(flags, tmp_path):
     out = tmp_path / "run"
     words = [*flags, "--allocate", "adalora", "--shortcuts", "none", "--out", str(out)]
     assert train.main(words) == 0
-    run = train.set_up(parse_flags(["--resume", str(out)]))
-    train.resume(run, {})
+    run = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
     layers = lora.adapters(run.model)
     assert sum(int((a.lora_E != 0).sum()) for a in layers.values()) == 8
     exported, _ = train.load_pretrained(run.args.model, num_labels=2, seed=0)
@@ -363,8 +364,7 @@ def test_a_run_of_alora(flags, tmp_path):
     out = tmp_path / "run"
     words = [*flags, "--allocate", "alora", "--shortcuts", "none", "--out", str(out)]
     assert train.main(words) == 0
-    run = train.set_up(parse_flags(["--resume", str(out)]))
-    train.resume(run, {})
+    run = train.prepare(parse_flags(["--eval-only", "--resume", str(out)]), ExitStack())
     layers = lora.adapters(run.model)
     ranks = [a.r - len(a.ranks_off) for a in layers.values()]
     assert sum(ranks) == 16 and set(ranks) != {4}
