@@ -1,7 +1,7 @@
 """Which modules are on: scores and a budget in, a set of names out (arXiv 2406.14956).
 
     keep_top        the paper's budget: a fraction of the modules, the best by score
-    within_budget   an exact number of trainable parameters, the best set there is (0/1 knapsack)
+    within_budget   at most so many trainable parameters, the best set there is (0/1 knapsack)
     Reallocator     when to decide (static, dynamic), what was decided, the generator of the ties
     grid            a decision as text
 

@@ -128,7 +128,11 @@ FLAGS = {  # name: (type, default, help)
         0.5,
         "budget as the fraction of modules that stay on (adalora: of ranks)",
     ),
-    "budget-params": (number(int, 1), None, "budget as a number of adapter parameters, exact"),
+    "budget-params": (
+        number(int, 1),
+        None,
+        "budget as a number of adapter parameters, never exceeded",
+    ),
     "per-rank": (
         one_of("yes", "no"),
         "no",

@@ -308,7 +308,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/glue.py", 'e["token_type_ids"], e["label"])', 'e["token_type_ids"])', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
     ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
     ("train.py", "    if model.fresh and not args.resume:", "    if model.fresh:", "a loaded head is called fresh", f"{DOORS}::test_eval_only_says_what_it_evaluates"),
-    ('support/switches.py', 'if found["lora_switches"][1] or layer.locked:', 'if layer.locked:', "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
+    ('support/switches.py', 'if found["lora_switches"][1] or layer.locked:', 'if bool(found["lora_switches"][1]) != layer.locked:', "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
     ('support/switches.py', 'layer.enabled, layer.when_off = on,', '_, layer.when_off = on,', "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
     ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
     # ------------------------------------------------------- dora, asymmetry, lora_xs, sbora, prolora
