@@ -215,8 +215,9 @@ def test_bad_input_is_said_once_by_the_first_process(argv, tmp_path, capfd):
 
     assert in_processes(codes, 2, tmp_path) == [(2, 2), (0, 0)]
     out, err = capfd.readouterr()
-    lines = [line for line in err.splitlines() if "[W" not in line]
-    assert out == "" and len(lines) == 2
+    # torch may warn, with its own stack, that the process which held the store has ended
+    lines = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert out == "" and len(lines) == 2 and "Traceback" not in err
     assert "is not empty" in lines[0] and "--no-such-flag" in lines[1]
     assert [p.name for p in (tmp_path / "filled").iterdir() if p.name != "lock"] == ["notes"]
 
