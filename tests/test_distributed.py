@@ -18,6 +18,9 @@ import train
 from relatives import single_ranks
 from support import checkpoint, distributed, flags, run_folder
 
+# One after the other: two that look for a free port at once may find the same.
+pytestmark = pytest.mark.xdist_group("processes")
+
 METHODS = {
     "lora": "--preset lora --accumulate 2 --clip 0.5",
     "heterolora": "--every 0.4 --score-batches 2",
