@@ -157,6 +157,8 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("allocate.py", "return step_in_epoch %", "return step %", "steps counted over epochs", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
     ('allocate.py', 'round(every * steps_per_epoch, 9)', 'every * steps_per_epoch', "0.07 * 100 is more than 7", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),
     # ------------------------------------------------------------------------------ delta_lora.py
+    ("delta_lora.py", "total += c * other_c * inner", "total += c * inner", "weight_change: one of the two scales", f"{DELTA}::test_weight_change_is_the_norm_of_what_the_weight_moved_by"),
+    ("delta_lora.py", "math.sqrt(max(0.0, total))", "max(0.0, total)", "weight_change: squared", f"{DELTA}::test_weight_change_is_the_norm_of_what_the_weight_moved_by"),
     ("delta_lora.py", "[new_B, -old_B]", "[new_B, old_B]", "new plus old product", f"{DELTA}::test_update_entry_by_entry"),
     ("delta_lora.py", "[new_B, -old_B]", "[old_B, -new_B]", "old minus new product", f"{DELTA}::test_update_entry_by_entry"),
     ("delta_lora.py", "right = torch.cat([new_A, old_A], dim=0)", "right = torch.cat([new_A - old_A, new_A - old_A], dim=0)", "second order: (dB)(dA)", f"{DELTA}::test_update_entry_by_entry"),

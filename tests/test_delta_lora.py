@@ -504,3 +504,27 @@ def test_preset_and_conflicts(flags, tmp_path, capsys):
         assert train.main([*flags, *extra.split()]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_weight_change_is_the_norm_of_what_the_weight_moved_by(lazy):
+    """Against dense matrices, over two stretches of one module; nothing moves up to the start."""
+    m = tiny.adapted("bert")
+    layers, w0 = lora.adapters(m), weights(m)
+    delta = DeltaLoRA(m, 1.7, start=1, lazy=lazy)
+    moved = {name: torch.zeros_like(w) for name, w in w0.items()}  # lambda s sum (P' - P), dense
+    for t in range(6):
+        layers["layers.1.q_proj"].enabled = t != 3
+        before = {name: layer.delta_w().detach() for name, layer in layers.items()}
+        delta.before_step()
+        on = [a for a in layers.values() if a.enabled]
+        tiny.randomise([p for a in on for p in (a.lora_A, a.lora_B)], seed=60 + t)
+        delta.after_step()
+        for name, layer in layers.items():
+            if t > 1 and layer.enabled:
+                moved[name] += 1.7 * (layer.delta_w().detach() - before[name])
+        expected = {name: w.norm().item() for name, w in moved.items()}
+        assert delta.weight_change() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    if not lazy:
+        for name, w in weights(m).items():
+            torch.testing.assert_close(w - w0[name], moved[name], rtol=0, atol=1e-12)
