@@ -266,3 +266,38 @@ def test_word_overlap_does_not_decide_the_embedded_task():
     best = max(np.mean((overlaps >= t) == labels) for t in overlaps)
     assert best < 0.7
     assert overlaps[labels == 0].max() > 0.7 and overlaps[labels == 1].min() < 0.1
+
+
+# ---------------------------------------------------------------------------------------- test sets
+
+
+def test_a_test_set_with_labels_is_read_and_one_without_is_said(tmp_path):
+    text, expected = TSVS["rte"]
+    write(tmp_path, text)
+    assert glue.load_test("rte", tmp_path) == (
+        None,
+        f"{tmp_path} has no test.tsv: no test result",
+    )
+    write(tmp_path, text, "test.tsv")
+    assert glue.load_test("rte", tmp_path) == ([expected], "")
+    path = write(tmp_path, "index\tsentence1\tsentence2\n0\tA\tB\n", "test.tsv")  # GLUE's own
+    found, note = glue.load_test("rte", tmp_path)
+    assert found is None and note.startswith(f"{path} has no labels") and "\n" not in note
+    write(tmp_path, "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tmaybe\n", "test.tsv")
+    with pytest.raises(ValueError, match=r"test\.tsv:2: label 'maybe'"):
+        glue.load_test("rte", tmp_path)
+
+
+def test_colas_test_set_is_told_apart_without_a_header(tmp_path):
+    text, expected = TSVS["cola"]
+    write(tmp_path, text, "test.tsv")
+    assert glue.load_test("cola", tmp_path) == ([expected], "")
+    write(tmp_path, "index\tsentence\n0\tThey drank.\n", "test.tsv")
+    assert glue.load_test("cola", tmp_path)[0] is None
+
+
+def test_the_hubs_test_sets_have_no_labels(monkeypatch):
+    rows = [(("A", "B"), -1), (("C", "D"), -1)]
+    monkeypatch.setattr(glue, "load_from_hub", lambda _name, splits: [rows for _ in splits])
+    found, note = glue.load_test("rte")
+    assert found is None and "on the hub has no labels" in note

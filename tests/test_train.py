@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +283,67 @@ def test_adapters_are_what_the_flags_say(flags):
     layers = lora.adapters(run.model)
     assert list(layers) == [f"layers.{i}.{p}" for i in (0, 1) for p in ("k_proj", "fc2")]
     assert all(a.scaling == 1.5 and a.r == 2 for a in layers.values())
+
+
+# --------------------------------------------------------------------------------------------- --test
+
+
+def with_test_set(flags, rows):
+    """A labelled test.tsv beside the task's other files: texts of unequal length, in no order."""
+    folder = Path(flags[flags.index("--data-dir") + 1])
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    lines += [f"{label}\t1\t2\t{a}\t{b}" for label, a, b in rows]
+    (folder / "test.tsv").write_text("\n".join(lines) + "\n")
+
+
+ROWS = [
+    (1, "abcdefg", "gfedcba"),
+    (0, "ab", "ab"),
+    (1, "xyz", "zyx"),
+    (1, "q", "w"),
+    (0, "mn", "k"),
+]
+
+
+def test_the_test_set_is_evaluated_once_at_the_end_and_stands_apart(flags, tmp_path, capsys):
+    """Predictions in the order of the file, each that of the example alone; dev is what it was."""
+    with_test_set(flags, ROWS)
+    plain, out = tmp_path / "plain", tmp_path / "run"
+    assert train.main([*flags, "--out", str(plain)]) == 0
+    assert train.main([*flags, "--test", "--out", str(out)]) == 0
+    assert "24 training, 10 development, 5 test examples" in capsys.readouterr().out
+    done, without = (run_folder.read_log(folder)[-1] for folder in (out, plain))
+    assert done["dev"] == without["dev"] == {k: done[k] for k in ("accuracy", "f1")}
+    assert without["test"] is None and without["test_predictions"] is None
+    model, tokenizer = train.load_pretrained(flags[flags.index("--model") + 1], num_labels=2)
+    lora.load_adapter(model, out)
+    predicted = []
+    for _, a, b in ROWS:
+        ids = torch.tensor([tokenizer.encode(a, b).ids])  # (1, t)
+        types = torch.tensor([tokenizer.encode(a, b).type_ids])
+        logits = model.eval()(ids, torch.ones_like(ids), types).logits  # (1, 2)
+        predicted.append(int(logits[0, 1] > logits[0, 0]))
+    assert done["test_predictions"] == "".join(map(str, predicted))
+    hits = sum(p == label for p, (label, _, _) in zip(predicted, ROWS, strict=True))
+    assert done["test"]["accuracy"] == pytest.approx(hits / 5)
+    assert all("test" not in e for e in run_folder.read_log(out)[:-1])
+
+
+def test_a_resumed_run_keeps_its_test_and_can_be_evaluated_again(
+    flags, tmp_path, monkeypatch, capsys
+):
+    with_test_set(flags, ROWS)
+    whole, broken = whole_and_interrupted([*flags, "--test"], tmp_path, monkeypatch, 3)
+    assert run_folder.read_log(broken)[-1]["test"] is not None
+    capsys.readouterr()
+    assert train.main(["--eval-only", "--resume", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    accuracy = run_folder.read_log(whole)[-1]["test"]["accuracy"]
+    assert "5 examples of" in printed and f"test: accuracy {accuracy:.4f}" in printed
+
+
+def test_a_test_set_without_labels_is_one_line_and_the_run_goes_on(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*flags, "--test", "--out", str(out)]) == 0
+    assert "has no test.tsv: no test result" in capsys.readouterr().out
+    assert run_folder.read_log(out)[-1]["test"] is None
