@@ -2,14 +2,22 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import threading
+import traceback
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+import tiny
+import train
+from support import checkpoint
 from support import flags as flags_module
 from tools import compare, compare_report
 
@@ -226,6 +234,119 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
     assert "not decided |" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
     assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+# --------------------------------------------------------------------------------- studies for real
+
+
+class Forked:
+    """subprocess.Popen for train.py: the same command, in a fork that has torch loaded already."""
+
+    def __init__(self, command, stdout, stderr, env):
+        assert command[0] == sys.executable and command[1].endswith("train.py")
+        assert env["OMP_NUM_THREADS"] == "1"
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stderr.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+                tqdm.set_lock(threading.RLock())
+                code = train.main(command[2:])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def wait(self):
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """go(results, work) makes the runs of a study of two arms on a tiny model, two at a time."""
+    monkeypatch.setattr(compare, "subprocess", types.SimpleNamespace(Popen=Forked))
+    monkeypatch.setattr(compare, "GRID", [1e-3])  # nowhere to widen to: one tune run a seed
+    data, model = tiny.task_folder(tmp_path / "data"), tiny.bert_folder(tmp_path / "model")
+    (data / "test.tsv").write_bytes((data / "dev.tsv").read_bytes())
+    text = STUDY.replace('"--epochs 1"', f'"--model {model} --preset lora --device cpu"')
+    text = text.replace("seeds = [100, 101]", "seeds = [100]").replace("pairs = 2", "pairs = 4")
+    arms = ARM.format("a", 2, "") + ARM.format("b", 3, 'controls = ["a"]')
+    path = tmp_path / "mini.toml"
+    path.write_text((text + arms).replace("lrs = [1e-3, 3e-3]", "lrs = [1e-3]"))
+    study = compare.read_study(path)
+
+    def go(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        results = tmp_path / f"{name}.jsonl"
+        compare.run_study(study, results, tmp_path / name, data, jobs=2)
+        return compare_report.read_results(results)
+
+    return go
+
+
+def without_seconds(lines):
+    runs = [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
+    return sorted(runs, key=lambda x: (x["phase"], x.get("arm", ""), x.get("seed", 0)))
+
+
+def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_path, monkeypatch):
+    """Stopped twice, its file torn at the end: the lines are those of the whole study."""
+    whole = real("whole")
+    labels, *runs = whole
+    assert labels["phase"] == "labels" and len(labels["labels"]) == 10
+    keys = [(x["phase"], x["arm"], x["seed"]) for x in runs]
+    assert len(set(keys)) == len(keys) == 2 + 4
+    for x in runs:
+        assert len(x["dev"]) == 3 and set(x["trainable"]) == {"adapters", "head"}
+        if x["phase"] == "final":
+            right = sum(p == y for p, y in zip(x["predictions"], labels["labels"], strict=True))
+            assert x["test"]["accuracy"] == pytest.approx(right / 10)
+        else:
+            assert "test" not in x and "predictions" not in x
+    assert not (tmp_path / "whole" / "tune" / "test.tsv").exists()
+
+    pause, turns = compare.time.sleep, []
+
+    def interrupted(seconds):
+        turns.append(seconds)
+        if len(turns) in (4, 9):
+            raise KeyboardInterrupt
+        pause(seconds)
+
+    monkeypatch.setattr(compare.time, "sleep", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            real("broken")
+    path = tmp_path / "broken.jsonl"
+    path.write_text(path.read_text() + '{"phase": "fin')  # torn by a crash
+    assert without_seconds(real("broken")) == without_seconds(whole)
+
+
+def test_a_run_that_fails_stops_the_study_with_its_reason(real, tmp_path, monkeypatch):
+    """A full disk, say: nothing is put on record, and the same command goes on afterwards."""
+
+    def full(_folder, _state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(RuntimeError, match=r"tune-.* ended with exit code 1: .*No space left"):
+        real("full")
+    assert [x["phase"] for x in compare_report.read_results(tmp_path / "full.jsonl")] == ["labels"]
 
 
 # ------------------------------------------------------------------------------------------- split

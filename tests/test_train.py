@@ -285,7 +285,7 @@ def test_adapters_are_what_the_flags_say(flags):
     assert all(a.scaling == 1.5 and a.r == 2 for a in layers.values())
 
 
-# --------------------------------------------------------------------------------------------- --test
+# ------------------------------------------------------------------------------------------ --test
 
 
 def with_test_set(flags, rows):
