@@ -320,18 +320,24 @@ def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_pa
             assert "test" not in x and "predictions" not in x
     assert not (tmp_path / "whole" / "tune" / "test.tsv").exists()
 
-    pause, turns = compare.time.sleep, []
+    pause, step = compare.time.sleep, train.train_step
+
+    def slowly(run, group, lr):
+        pause(0.1)
+        return step(run, group, lr)
 
     def interrupted(seconds):
-        turns.append(seconds)
-        if len(turns) in (4, 9):
-            raise KeyboardInterrupt
         pause(seconds)
+        under_way = [p.read_text() for p in (tmp_path / "broken").glob("*-*/metrics.jsonl")]
+        if any('"eval"' in log and '"done"' not in log for log in under_way):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.time, "sleep", interrupted)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            real("broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", slowly)
+        patch.setattr(compare.time, "sleep", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                real("broken")
     path = tmp_path / "broken.jsonl"
     path.write_text(path.read_text() + '{"phase": "fin')  # torn by a crash
     assert without_seconds(real("broken")) == without_seconds(whole)

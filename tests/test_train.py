@@ -306,7 +306,7 @@ ROWS = [
 
 
 def test_the_test_set_is_evaluated_once_at_the_end_and_stands_apart(flags, tmp_path, capsys):
-    """Predictions in the order of the file, each that of the example alone; dev is what it was."""
+    """Predictions as of each example alone (their order: test_evaluation.py); dev as without."""
     with_test_set(flags, ROWS)
     plain, out = tmp_path / "plain", tmp_path / "run"
     assert train.main([*flags, "--out", str(plain)]) == 0
