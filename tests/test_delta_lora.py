@@ -321,8 +321,11 @@ def test_lazy_mode_works_on_a_shared_base():
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_stretches_through_several_reallocations(lazy):
-    """on, off, on, off, on by turns: an off module keeps its W; W_T - W_0 = lambda s sum (P_end -
-    P_begin) over the stretches, and the export is exact with rank <= 2r."""
+    """Modules go on and off by turns, and an off module keeps its W.
+
+    W_T - W_0 = lambda s sum (P_end - P_begin) over the stretches; the export is exact, of rank 2r
+    at most.
+    """
     m, twin = problem(), problem()
     w0, layers = weights(m), lora.adapters(m)
     delta, optimizer = DeltaLoRA(m, 0.8, 1, lazy), adamw(m)

@@ -78,8 +78,11 @@ def test_choices_are_those_of_the_scores(flags, tmp_path):
 
 
 def test_on_off_on_keeps_weights_and_moments(flags, tmp_path, monkeypatch):
-    """One module through on -> off -> on: while off neither A, B nor a moment moves, not even by
-    decay; afterwards it goes on from there, its own step count included."""
+    """One module goes on, off and on.
+
+    While it is off neither A, B nor a moment moves, not even by decay; afterwards it goes on from
+    there, its own step count included.
+    """
     target, record = "layers.1.v_proj", []
     turns = iter([True, False, True])
 

@@ -21,8 +21,11 @@ def forward(m):
 
 
 def test_every_layout_of_bert_is_the_same_model(tmp_path):
-    """bert-base-uncased (prefix, gamma/beta, cls.*), sentence-transformers (no prefix,
-    position_ids), a sharded index, and pytorch_model.bin."""
+    """Four layouts that are met, and one model.
+
+    bert-base-uncased (prefix, gamma/beta, cls.*), sentence-transformers (no prefix, position_ids),
+    a sharded index, and pytorch_model.bin.
+    """
     plain = tiny.bert_tensors("")
     untidy = {}
     for name, tensor in tiny.bert_tensors("bert.").items():

@@ -192,8 +192,7 @@ def turns(step, i):
 
 @pytest.mark.parametrize("when_off", ["out", "frozen"])
 def test_steps_equal_adamw_by_hand_on_the_sliced_parameters(when_off):
-    """Each row of A and column of B: a vector with moments and a step count of its own, which
-    wait while it is off."""
+    """Each row of A and column of B has moments and a step count, which wait while it is off."""
     m = some_ranks_off(when_off=when_off)
     layers = lora.adapters(m)
     ranks = single_ranks.RankSteps(m)
@@ -233,8 +232,10 @@ def test_steps_equal_adamw_by_hand_on_the_sliced_parameters(when_off):
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("when_off", ["out", "frozen"])
 def test_delta_lora_moves_by_what_trained(when_off, lazy):
-    """W_T - W_0 = lambda s sum of the changes of the ranks on; the export has what is in W and in
-    the forward pass, and no more."""
+    """W moves by the changes of the ranks that are on: W_T - W_0 = lambda s times their sum.
+
+    The export has what is in W and in the forward pass, and no more.
+    """
     m = some_ranks_off(when_off=when_off)
     layers, w0 = lora.adapters(m), {n: p.clone() for n, p in m.named_parameters()}
     delta, ranks = DeltaLoRA(m, 0.8, 1, lazy), single_ranks.RankSteps(m)
@@ -350,8 +351,10 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, monkeypatch, stop_after, 
 
 @pytest.mark.parametrize("extra", ["", "--when-off frozen", "--delta-ratio 2 --delta-start -1"])
 def test_the_exports_compute_what_was_measured(flags, tmp_path, extra):
-    """--eval-only, load_adapter, merge and a PEFT folder, which hold the ranks in the forward pass
-    alone: equal logits."""
+    """Equal logits of --eval-only, load_adapter, merge and a PEFT folder.
+
+    They hold the ranks that are in the forward pass alone.
+    """
     out = tmp_path / "run"
     more = ["--shortcuts", "none", "--budget-params", "240", *extra.split(), "--out", str(out)]
     assert train.main([*flags, *more]) == 0

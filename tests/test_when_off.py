@@ -37,8 +37,7 @@ def frozen_model(family="bert", **more):
 
 @pytest.fixture
 def flags(tmp_path):
-    """Five steps an epoch, two epochs, 11 modules (4 LoRA + 7 shortcuts) of which 3 train at once;
-    the slot scores move from decision to decision."""
+    """Two epochs of five steps; of 11 modules (4 LoRA + 7 shortcuts) 3 train at once, by chance."""
     model = tiny.bert_folder(tmp_path / "model")
     task = tiny.task_folder(tmp_path / "task")
     text = (
@@ -55,8 +54,10 @@ def flags(tmp_path):
 @pytest.mark.parametrize("norm", ["none", "reuse"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_forward_and_gradients_equal_dense_matrices(family, norm):
-    """Off modules are in every dense matrix, shortcuts too; what is on has the same gradient as
-    through the dense matrices, what is off has none."""
+    """Off modules are in every dense matrix, shortcuts too.
+
+    What is on has the same gradient as through the dense matrices, what is off has none.
+    """
     m = frozen_model(family, shortcut_norm=norm)
     batch, layers = tiny.batch(m.config), lora.adapters(m)
     out = m(**batch)

@@ -440,8 +440,7 @@ def of_proxy(name, pairs):
 
 
 def of_other_seeds(pairs):
-    """The same with another seed's importance for scores: what the place alone tells, whatever the
-    run."""
+    """The same with another seed's importance for scores: what the place tells in any run."""
     found = []
     for i, (_, measured) in enumerate(pairs):
         others = [a["importance"] for j, (a, _) in enumerate(pairs) if j != i]

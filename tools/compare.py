@@ -252,6 +252,19 @@ def start(study, run, flags, folder, data_dir):
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
+def about(study, arm, run):
+    """What every line begins with: which run it is of."""
+    return {
+        "phase": run.phase,
+        "arm": arm.name,
+        "space": arm.space,
+        "controls": arm.controls,
+        "flags": flags_of(study, arm),
+        "seed": run.seed,
+        "lr": run.lr,
+    }
+
+
 def line_of(study, arm, run, folder):
     """The line of a finished run, or None if it is not finished."""
     log = run_folder.read_log(folder)
@@ -260,13 +273,7 @@ def line_of(study, arm, run, folder):
         return None
     versions = json.loads((folder / "config.json").read_text())["versions"]
     line = {
-        "phase": run.phase,
-        "arm": arm.name,
-        "space": arm.space,
-        "controls": arm.controls,
-        "flags": flags_of(study, arm),
-        "seed": run.seed,
-        "lr": run.lr,
+        **about(study, arm, run),
         "commit": versions.pop("git"),
         "versions": versions,
         "dev": [
@@ -285,17 +292,7 @@ def line_of(study, arm, run, folder):
 
 def not_a_number(study, arm, run, text):
     """The line of a tune run that ended because its loss was not a number: the worst there is."""
-    return {
-        "phase": run.phase,
-        "arm": arm.name,
-        "space": arm.space,
-        "controls": arm.controls,
-        "flags": flags_of(study, arm),
-        "seed": run.seed,
-        "lr": run.lr,
-        "dev": [],
-        "stopped": text,
-    }
+    return {**about(study, arm, run), "dev": [], "stopped": text}
 
 
 # ---------------------------------------------------------------------------------------- all runs
