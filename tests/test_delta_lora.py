@@ -319,18 +319,14 @@ def test_lazy_mode_works_on_a_shared_base():
 # ------------------------------------------------------------------------------- with an allocation
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-def test_stretches_through_several_reallocations(lazy):
-    """Modules go on and off by turns, and an off module keeps its W.
+def moved_through(m, delta, optimizer, chosen):
+    """18 steps in which modules go on and off: dict name -> sum of lambda s (P' - P) while on.
 
-    W_T - W_0 = lambda s sum (P_end - P_begin) over the stretches; the export is exact, of rank 2r
-    at most.
+    Args:
+        delta: with lambda 0.8 and K 1. chosen: dict name -> steps before which it is switched.
     """
-    m, twin = problem(), problem()
-    w0, layers = weights(m), lora.adapters(m)
-    delta, optimizer = DeltaLoRA(m, 0.8, 1, lazy), adamw(m)
-    chosen = {"layers.0.q_proj": (0, 4, 9), "layers.1.fc1": (3, 6, 14), "layers.2.q_proj": ()}
-    expected = {n: torch.zeros_like(w) for n, w in w0.items()}
+    layers = lora.adapters(m)
+    expected = {n: torch.zeros_like(w) for n, w in weights(m).items()}
     last = {}
 
     def switch(step):
@@ -347,6 +343,21 @@ def test_stretches_through_several_reallocations(lazy):
                 assert torch.equal(p, before)
 
     run(m, 18, optimizer, delta, watch=watch, switch=switch)
+    return expected
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_stretches_through_several_reallocations(lazy):
+    """Modules go on and off by turns, and an off module keeps its W.
+
+    W_T - W_0 = lambda s sum (P_end - P_begin) over the stretches; the export is exact, of rank 2r
+    at most.
+    """
+    m, twin = problem(), problem()
+    w0, layers = weights(m), lora.adapters(m)
+    delta, optimizer = DeltaLoRA(m, 0.8, 1, lazy), adamw(m)
+    chosen = {"layers.0.q_proj": (0, 4, 9), "layers.1.fc1": (3, 6, 14), "layers.2.q_proj": ()}
+    expected = moved_through(m, delta, optimizer, chosen)
     batch = tiny.batch(m.config, seed=99)
     for name, w in weights(m).items():
         assert expected[name].any() == (name != "layers.2.q_proj")

@@ -17,7 +17,7 @@ import train
 from delta_lora import DeltaLoRA
 from support import run_folder
 from support.flags import equal_budget_control, parse_flags
-from test_delta_lora import adamw, problem, products, run, weights
+from test_delta_lora import adamw, moved_through, problem, products, weights
 from test_proxies import snapshot
 from test_train import whole_and_interrupted
 from tools.faults import same
@@ -198,23 +198,7 @@ def test_delta_lora_through_several_reallocations(lazy):
         layer.when_off = "frozen"
     delta, optimizer = DeltaLoRA(m, 0.8, 1, lazy), adamw(m)
     chosen = {"layers.0.q_proj": (0, 4), "layers.1.fc1": (3, 6, 14), "layers.2.q_proj": ()}
-    expected = {n: torch.zeros_like(w) for n, w in w0.items()}
-    last = {}
-
-    def switch(step):
-        for name, turns in chosen.items():
-            layers[name].enabled = sum(t <= step for t in turns) % 2 == 1
-        last.update({n: (layers[n].enabled, p) for n, p in products(m).items()})
-
-    def watch(n):
-        for name, p in products(m).items():
-            enabled, before = last[name]
-            if enabled and n >= 3:  # K = 1: the first move is after step 3
-                expected[name] += 0.8 * 2.5 * (p - before)
-            elif not enabled:
-                assert torch.equal(p, before)
-
-    run(m, 18, optimizer, delta, watch=watch, switch=switch)
+    expected = moved_through(m, delta, optimizer, chosen)
     assert not layers["layers.0.q_proj"].enabled and products(m)["layers.0.q_proj"].any()
     assert set(delta.begin) == {n for n, a in layers.items() if a.enabled}  # the stretch has ended
     exported, batch = delta.export(), tiny.batch(m.config, seed=99)
