@@ -140,6 +140,7 @@ class ALoRA:
         pruned, grown = exchange(self.importance(), {n: a.r for n, a in layers}, on)
         for name, k in pruned:
             self.layers[name].ranks_off = sorted([*self.layers[name].ranks_off, k])
+            self.layers[name].lora_B[:, k] = 0  # gone, not kept for later
         for name, count in grown.items():
             layer = self.layers[name]
             for k in layer.ranks_off[:count]:

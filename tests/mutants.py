@@ -379,6 +379,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/adalora.py", "slope = 2 * off @ rows / off.norm().clamp(min=1e-12)", "slope = 4 * off @ rows", "the penalty's norm squared", f"{ALLOCATORS}::test_the_penalty_by_finite_differences"),
     ("relatives/alora.py", "found[name, k] = -whole + without - alone", "found[name, k] = without - whole", "importance without the rank alone", f"{ALLOCATORS}::test_importance_by_deleting_ranks"),
     ("relatives/alora.py", "                layer.lora_B[:, k] = 0\n", "", "a new rank begins with the old B", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
+    ("relatives/alora.py", "            self.layers[name].lora_B[:, k] = 0  # gone, not kept for later\n", "", "what is pruned is kept and counted", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
     ("relatives/alora.py", "key=means.get, reverse=True", "key=means.get", "ranks go to the least important", f"{ALLOCATORS}::test_one_each_in_the_order_of_mean_importance"),
     ("relatives/alora.py", "return worst[: len(worst) - left], grown", "return worst, grown", "more is pruned than grows", f"{ALLOCATORS}::test_who_loses_and_who_gains"),
     ("relatives/alora.py", "alpha = lora_alpha * places / r", "alpha = lora_alpha", "the scale of 2 r places", f"{ALLOCATORS}::test_places_that_are_closed_compute_nothing"),

@@ -338,6 +338,7 @@ def test_a_round_keeps_the_budget_and_the_outputs_of_what_grows():
     layers = lora.adapters(m)
     assert sum(a.r - len(a.ranks_off) for a in layers.values()) == 4
     assert len(forgotten) == 2 * len(pruned) > 0
+    assert not any(layers[n].lora_B[:, k].any() for n, k in pruned)
     (gained,) = [n for n, count in grown.items() if count]
     new = [
         k
