@@ -346,7 +346,7 @@ def main(argv=None):
         for note in run.notes:
             print(note)
         begin = evaluate_only if args.eval_only else carry_out
-        code = runs.carry_through(run, lambda: begin(run))
+        code = terminal.carry_through(run, lambda: begin(run))
         return 0 if distributed.rank() else code
 
 

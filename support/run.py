@@ -7,7 +7,6 @@ checkpoint.py, adapter_file.py).
 """
 
 import dataclasses
-import sys
 import types
 from pathlib import Path
 
@@ -164,30 +163,6 @@ def resume(run, folder, data, seed, evaluating, steps, rebuild):
     note = restore(run, stored, seed)
     run.notes += [note] if note and not evaluating else []
     return stored["log_lines"]
-
-
-def carry_through(run, begin):
-    """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
-    try:
-        begin()
-    except CannotGoOn as error:
-        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
-        if run.folder and (run.folder / "checkpoint.pt").exists():
-            print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
-        where = f"go on from its last checkpoint with --resume {run.folder}"
-        print(f"train.py: {what}; {where}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
-        return 130
-    if run.stop:
-        command = f"{distributed.command()} train.py --resume {run.folder}"
-        print(f"stopped and saved; go on with: {command}")
-        return 130
-    return 0
 
 
 def finish(run, method, control, baselines):

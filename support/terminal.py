@@ -1,14 +1,20 @@
-"""Between a run and the person at the terminal: signals, warnings, silence.
+"""Between a run and the person at the terminal: signals, warnings, silence, how a run ended.
 
-What this file does not do: decide what is said (train.py).
+The one file of support/ that prints, for train.py and in its name.
+
+What this file does not do: what a run says while it goes on, and its result (train.py).
 """
 
 import contextlib
 import os
 import signal
+import sys
 import warnings
 
 from tqdm import tqdm
+
+from support import distributed
+from support.run import CannotGoOn
 
 
 @contextlib.contextmanager
@@ -56,3 +62,27 @@ def silent():
         contextlib.redirect_stderr(nowhere),
     ):
         yield
+
+
+def carry_through(run, begin):
+    """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
+    try:
+        begin()
+    except CannotGoOn as error:
+        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
+        if run.folder and (run.folder / "checkpoint.pt").exists():
+            print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
+        where = f"go on from its last checkpoint with --resume {run.folder}"
+        print(f"train.py: {what}; {where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
+        return 130
+    if run.stop:
+        command = f"{distributed.command()} train.py --resume {run.folder}"
+        print(f"stopped and saved; go on with: {command}")
+        return 130
+    return 0
