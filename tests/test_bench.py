@@ -5,8 +5,12 @@ import statistics
 
 import pytest
 
+import lora
+import tiny
+import train
+from relatives import METHODS
 from tools.bench import __main__ as bench
-from tools.bench import peak, timing
+from tools.bench import peak, relatives, timing
 
 
 def test_arms_take_turns_and_the_first_round_is_not_counted():
@@ -57,3 +61,42 @@ def test_bad_data_is_one_line(tmp_path, capsys):
     assert bench.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("tools.bench: ") and error.count("\n") == 1
+
+
+def test_all_relatives_are_measured_beside_plain_lora():
+    """Every method of METHODS is an arm of the study that the benchmark reads, LoRA the first."""
+    commands = relatives.settings()
+    assert next(iter(commands)) == "lora"
+    flags = [c.split() for c in commands.values()]
+    for kind, flag in (("adapter", "--adapter"), ("optimizer", "--optimizer")):
+        found = {f[f.index(flag) + 1] for f in flags if flag in f}
+        assert found | {"adamw"} >= set(METHODS[kind])
+    assert {f[f.index("--allocate") + 1] for f in flags} == {"none", *METHODS["allocator"]}
+
+
+def test_a_relative_beside_plain_lora(tmp_path, monkeypatch):
+    """On a tiny model: the steps train, each setting has its count, and LoRA is 1."""
+    model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
+    common = f"--task mrpc --data-dir {task} --model {model} --preset lora --device cpu --r 2"
+    monkeypatch.setattr(relatives, "PROCESSES", 1)
+    taken, step = [], train.train_step
+
+    def watched(run, group, lr):
+        before = [
+            f.detach().clone()
+            for a in lora.adapters(run.model).values()
+            for f in a.factors().values()
+        ]
+        loss = step(run, group, lr)
+        after = [f for a in lora.adapters(run.model).values() for f in a.factors().values()]
+        taken.append(any((x != y).any() for x, y in zip(before, after, strict=True)))
+        return loss
+
+    monkeypatch.setattr(train, "train_step", watched)
+    commands = {"lora": common, "asymmetry": f"{common} --adapter asymmetry"}
+    found = relatives.beside_first(commands, 3)
+    assert list(found) == list(commands)
+    assert found["lora"] == (192, (1.0, 1.0, 1.0), 1.0)  # 4 modules of 12 x 12
+    count, (time, low, high), memory = found["asymmetry"]
+    assert count == 96 and low <= time <= high and memory > 0
+    assert len(taken) >= 2 * 4 and all(taken)

@@ -6,6 +6,7 @@
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
+    relatives  what each method of relatives/ costs beside LoRA
 
 How times are taken is in timing.py, how memory is measured in peak.py. The peers
 (tests/peers/requirements.txt) are needed for train, memory and scale.
@@ -17,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, score, training
+from tools.bench import delta, relatives, score, training
 
 
 def at_least_three(text):
@@ -47,6 +48,7 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
+    "relatives": (relatives.relatives, ("rounds",)),
 }
 
 

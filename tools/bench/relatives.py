@@ -1,0 +1,89 @@
+"""What each relative costs beside plain LoRA, at one budget: bench relatives.
+
+    time     seconds of a training step / seconds of plain LoRA's, on the same batches, in turn
+    memory   peak above the loaded model / plain LoRA's peak, each in a fresh process
+
+The settings are the arms of studies/relatives.toml, MiniLM on the embedded task. A step is
+train.train_step: forward, backward, the optimizer's rule and the allocator's. ALoRA moves ranks
+after the first epoch, which is not reached here.
+
+What this file does not do: measure accuracy (tools/compare.py, with the same study).
+"""
+
+import functools
+import statistics
+
+import lora
+import train
+from support import flags
+from tools import compare
+from tools.bench import peak, pictures, timing
+
+STUDY = compare.ROOT / "studies" / "relatives.toml"
+STEPS, PROCESSES = 5, 3
+
+
+def settings():
+    """{arm: command line of train.py}, plain LoRA first."""
+    study = compare.read_study(STUDY)
+    task = f"--task {study.task} --device cpu"
+    return {arm.name: f"{compare.flags_of(study, arm)} {task}" for arm in study.arms}
+
+
+def steps(command):
+    """(functions that take a training step each, trainable adapter parameters) of a run."""
+    run = train.set_up(flags.parse_flags(command.split()))
+    run.model.train()
+    counts = lora.count_trainable(run.model)
+    groups = train.epoch_steps(run, 0)[:STEPS]
+    functions = [functools.partial(train.train_step, run, group, run.args.lr) for group in groups]
+    return functions, sum(counts[name] for name in lora.adapters(run.model))
+
+
+def step_peak(command):
+    """Peak MiB of STEPS training steps above the loaded model, for peak.in_fresh_process."""
+    functions, _ = steps(command)
+    return peak.peak_above(lambda: [step() for step in functions])
+
+
+def median_peak(command):
+    """The median of step_peak over PROCESSES fresh processes."""
+    return statistics.median(
+        peak.in_fresh_process(step_peak, command=command) for _ in range(PROCESSES)
+    )
+
+
+def beside_first(commands, rounds):
+    """Each setting beside the first.
+
+    Args:
+        commands: dict name -> command line of train.py. rounds: int, counted rounds.
+
+    Returns:
+        dict name -> (parameters, time as a (ratio, smallest, largest), memory as a ratio).
+    """
+    (first, command), *others = commands.items()
+    base, parameters = steps(command)
+    base_peak, found = median_peak(command), {}
+    for name, command in others:
+        functions, count = steps(command)
+        seconds = timing.interleaved({first: base, name: functions}, rounds)
+        time = timing.ratio(seconds[name], seconds[first])
+        found[name] = count, time, median_peak(command) / base_peak
+    return {first: (parameters, (1.0, 1.0, 1.0), 1.0)} | found
+
+
+def relatives(rounds, picture):
+    """Lines of the table; the picture goes to the path `picture`."""
+    found = beside_first(settings(), rounds)
+    lines = ["| method | adapter parameters | time × | memory × |", "|---|---|---|---|"]
+    for name, (count, time, memory) in found.items():
+        lines.append(f"| {name} | {count:,} | {timing.show(time)} | {memory:.2f} |")
+    lines += [
+        "",
+        f"MiniLM on q, k, v, the embedded task, batch 16, {STEPS} steps a round, each beside "
+        f"plain LoRA; memory: medians of {PROCESSES} fresh processes",
+        timing.conditions(rounds),
+    ]
+    pictures.bars(picture, {n: t for n, (_, t, _) in found.items()}, "time of a step, LoRA = 1", 1)
+    return lines
