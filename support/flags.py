@@ -9,6 +9,7 @@ devices (train.py does).
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 import types
@@ -242,6 +243,7 @@ def parse_flags(argv):
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
     refuse_old_spellings(sys.argv[1:] if argv is None else argv)
+    refuse_two_allocators(sys.argv[1:] if argv is None else argv)
     found, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
     given = vars(found)
@@ -276,6 +278,15 @@ def refuse_old_spellings(argv):
     for word in argv:
         if word.partition("=")[0] == "--rank":
             raise ValueError("--rank is now --ranking (together or apart)")
+
+
+def refuse_two_allocators(argv):
+    """Raises ValueError where --allocate is given two values, of which argparse takes the last."""
+    words = " ".join(argv).replace("=", " ").split()
+    given = [value for flag, value in itertools.pairwise(words) if flag == "--allocate"]
+    if len(set(given)) > 1:
+        named = " and ".join(f"--allocate {value}" for value in dict.fromkeys(given))
+        raise ValueError(f"{named}: a run has one allocator")
 
 
 def stored(args):
