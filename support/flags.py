@@ -281,10 +281,13 @@ def refuse_old_spellings(argv):
 
 
 def refuse_two_allocators(argv):
-    """Raises ValueError where --allocate is given two values, of which argparse takes the last."""
+    """Raises ValueError where --allocate is given twice, and a method is among its two values.
+
+    argparse takes the last one, as it does of --allocate dynamic --allocate static.
+    """
     words = " ".join(argv).replace("=", " ").split()
     given = [value for flag, value in itertools.pairwise(words) if flag == "--allocate"]
-    if len(set(given)) > 1:
+    if len(set(given)) > 1 and set(given) & set(METHODS["allocator"]):
         named = " and ".join(f"--allocate {value}" for value in dict.fromkeys(given))
         raise ValueError(f"{named}: a run has one allocator")
 

@@ -258,7 +258,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
     ("tools/peft/config.py", "    number = isinstance(value, int | float) and not isinstance(value, bool)", "    number = isinstance(value, int | float)", "true is an alpha", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
     ("tools/peft/config.py", "field not in fields and field not in ignored and value", "field.startswith('use_') and value and field not in fields", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
-    ("support/flags.py", "if len(set(given)) > 1:", "if len(given) > 2:", "of two allocators the last one wins", "test_relatives_bad_input.py::test_bad_input_is_one_line"),
+    ("support/flags.py", "if len(set(given)) > 1 and", "if len(given) > 2 and", "of two allocators the last one wins", "test_relatives_bad_input.py::test_bad_input_is_one_line"),
     ("tools/peft/reading.py", 'config["lora_alpha"] / (start + 1e-5)', 'config["lora_alpha"] / (r + 1e-5)', "AdaLoRA's scale follows the ranks that are left", f"{PEFT}::test_adalora_comes_in_as_ordinary_pairs_of_what_it_kept"),
     ("tools/peft/reading.py", "Pair(e * a, b,", "Pair(a, b,", "AdaLoRA comes in without E", f"{PEFT}::test_adalora_comes_in_as_ordinary_pairs_of_what_it_kept"),
     ("tools/compare.py", "        if not study.widen:\n            return [], best\n", "", "a grid widens though the study says no", f"{COMPARE}::test_without_widening_the_rates_that_are_listed_are_all_there_are"),

@@ -76,7 +76,7 @@ def test_bad_input_is_one_line(folders, tmp_path, words, capsys):
 
 
 def test_one_allocator_said_twice_is_one(folders, tmp_path):
-    words = "--allocate none --allocate=none --batch-size 24 --warmup 0"
+    words = "--allocate=alora --batch-size 24 --warmup 0 --score-batches 1 --allocate alora"
     assert run(folders, tmp_path / "run", words) == 0
 
 
