@@ -99,7 +99,8 @@ def pick_device(name):
         torch.empty(0, device=device)
         if device.type == "meta":
             raise RuntimeError("it has shapes and no numbers")
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+        # The last three: this build of torch is without it.
         raise ValueError(
             f"--device {shown(name)} cannot be used: {one_line(error, 150)}; try cpu"
         ) from error
