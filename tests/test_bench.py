@@ -84,7 +84,8 @@ def test_a_relative_beside_plain_lora(tmp_path, monkeypatch):
         return {"lora": [2.0] * rounds, "asymmetry": [3.0] * rounds}
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
-    monkeypatch.setattr(relatives, "median_peak", lambda c: 6.0 if "asymmetry" in c else 8.0)
+    peaks = {commands["lora"]: 8.0, commands["asymmetry"]: 6.0}
+    monkeypatch.setattr(peak, "in_fresh_process", lambda function, command: peaks[command])
     found = relatives.beside_first(commands, 3)
     assert found == {
         "lora": (192, (1.0, 1.0, 1.0), 1.0),  # 4 modules of 12 x 12

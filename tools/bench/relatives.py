@@ -1,7 +1,7 @@
 """What each relative costs beside plain LoRA, at one budget: bench relatives.
 
     time     seconds of a training step / seconds of plain LoRA's, on the same batches, in turn
-    memory   peak above the loaded model / plain LoRA's peak, each in a fresh process
+    memory   peak above the loaded model / plain LoRA's peak, in a fresh process each
 
 The settings are the arms of studies/relatives.toml, MiniLM on the embedded task. A step is
 train.train_step: forward, backward, the optimizer's rule and the allocator's. ALoRA moves ranks
@@ -11,7 +11,6 @@ What this file does not do: measure accuracy (tools/compare.py, with the same st
 """
 
 import functools
-import statistics
 
 import lora
 import train
@@ -20,7 +19,7 @@ from tools import compare
 from tools.bench import peak, pictures, timing
 
 STUDY = compare.ROOT / "studies" / "relatives.toml"
-STEPS, PROCESSES = 5, 3
+STEPS = 5
 
 
 def settings():
@@ -46,13 +45,6 @@ def step_peak(command):
     return peak.peak_above(lambda: [step() for step in functions])
 
 
-def median_peak(command):
-    """The median of step_peak over PROCESSES fresh processes."""
-    return statistics.median(
-        peak.in_fresh_process(step_peak, command=command) for _ in range(PROCESSES)
-    )
-
-
 def beside_first(commands, rounds):
     """Each setting beside the first.
 
@@ -64,12 +56,13 @@ def beside_first(commands, rounds):
     """
     (first, command), *others = commands.items()
     base, parameters = steps(command)
-    base_peak, found = median_peak(command), {}
+    base_peak, found = peak.in_fresh_process(step_peak, command=command), {}
     for name, command in others:
         functions, count = steps(command)
         seconds = timing.interleaved({first: base, name: functions}, rounds)
         time = timing.ratio(seconds[name], seconds[first])
-        found[name] = count, time, median_peak(command) / base_peak
+        memory = peak.in_fresh_process(step_peak, command=command) / base_peak
+        found[name] = count, time, memory
     return {first: (parameters, (1.0, 1.0, 1.0), 1.0)} | found
 
 
@@ -81,8 +74,8 @@ def relatives(rounds, picture):
         lines.append(f"| {name} | {count:,} | {timing.show(time)} | {memory:.2f} |")
     lines += [
         "",
-        f"MiniLM on q, k, v, the embedded task, batch 16, {STEPS} steps a round, each beside "
-        f"plain LoRA; memory: medians of {PROCESSES} fresh processes",
+        f"MiniLM on q, k, v, the embedded task, batch 16, {STEPS} steps a round, each method in "
+        "turn with plain LoRA; memory: one fresh process each",
         timing.conditions(rounds),
     ]
     pictures.bars(picture, {n: t for n, (_, t, _) in found.items()}, "time of a step, LoRA = 1", 1)
