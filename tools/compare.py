@@ -418,7 +418,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the runs that are missing")
     run.add_argument("study", type=Path, help="studies/NAME.toml")
-    run.add_argument("--data-dir", type=Path, help="the task's folder, with a labelled test.tsv")
+    run.add_argument("--data-dir", type=Path, help="of the task; the embedded one needs none")
     run.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     run.add_argument("--results", type=Path, help="default: results/NAME.jsonl")
     run.add_argument("--work", type=Path, help="run folders (default: runs/study-NAME)")
