@@ -191,8 +191,7 @@ def inject(
     Args:
         model: model.Transformer.
         targets: places out of LINEARS; gate_proj is skipped where the feed-forward has no gate.
-        r, lora_alpha, lora_dropout: as in LoRALayer, for targets; r and lora_dropout for shortcuts
-            too.
+        r, lora_dropout: as in LoRALayer. lora_alpha: likewise, of the targets.
         shortcuts: places out of RESIDUALS + CROSS. Block 0 has no shortcut_ffn, since nothing
             comes before it.
         shortcut_alpha: float, lora_alpha of the shortcuts.

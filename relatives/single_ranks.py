@@ -36,7 +36,8 @@ def decide(model, plan, proxy, batches, step, epoch):
         model: model.Transformer with adapters of one rank. With a static plan they shrink, so
             build the optimizer afterwards; with a dynamic one ranks go on and off.
         plan: allocate.Reallocator with a budget.
-        proxy: one of CHOICES. batches: as in proxies.score. step, epoch: where the run stands.
+        proxy: one of rank_scores.CHOICES. batches: as in proxies.score.
+        step, epoch: where the run stands.
     """
     layers, dynamic = lora.adapters(model), plan.mode == "dynamic"
     r = next(iter(layers.values())).r
