@@ -92,6 +92,20 @@ def without_kinds(about):
     return pairs
 
 
+def refuse_kinds(path, about, kinds):
+    """Raises ValueError where a module is of a kind whose class was not given.
+
+    Args:
+        about: of the file. kinds: what can be loaded.
+    """
+    for a in about.values():
+        if a.get("kind", "lora") not in kinds:
+            raise ValueError(
+                f"{path} holds {a['kind']}, which is no LoRA: give load_adapter the class, "
+                'relatives.METHODS["adapter"]'
+            )
+
+
 def refuse_misfit(path, tensors, expected):
     """Raises ValueError that names what is missing, unexpected, misshapen or not finite.
 
