@@ -444,7 +444,7 @@ def load_adapter(model, path, adapter=LoRALayer):
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     kinds = {adapter.kind: adapter, "lora": LoRALayer}
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    adapter_file.refuse_kinds(path, about, kinds)
+    adapter_file.refuse_kinds(path, about, kinds, LINEARS)
     layers = {}
     for name, described in about.items():
         layers[name], shapes = described_layer(model, path, name, described, kinds)
