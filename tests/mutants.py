@@ -117,7 +117,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "        return q, k, self.split_heads(", "        return q * 0.5, k, self.split_heads(", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
+    ("model.py", ", labels[:, 1:][labels[:, 1:] != -100]", ", labels[:, :-1][labels[:, 1:] != -100]", "language model not shifted", f"{MODEL}::test_losses"),
+    ("model.py", "return x[:, :-1][labels[:, 1:] != -100]", "return x[:, :-1][labels[:, :-1] != -100]", "logits where the token itself has a label", f"{MODEL}::test_language_model_loss_is_of_the_labelled_tokens_alone"),
+    ("model.py", "labels is not None and self.training:", "labels is not None and False:", "in training logits of every token", f"{MODEL}::test_language_model_loss_is_of_the_labelled_tokens_alone"),
     ("model.py", "self.position_embeddings(positions + c.position_offset)", "self.position_embeddings(positions)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
