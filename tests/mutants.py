@@ -257,7 +257,6 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/families.py", '"fc1": "mlp.up_proj",', '"fc1": "mlp.gate_proj",', "up_proj under the gate's name", f"{PEFT}::test_names_and_task_of_a_causal_family"),
     ("tools/peft/writing.py", '"SEQ_CLS" if head else "CAUSAL_LM"', '"SEQ_CLS"', "a language model goes out as a classifier", f"{PEFT}::test_names_and_task_of_a_causal_family"),
     ("tools/peft/writing.py", '"smollm2-q4": None', '"smollm2-q4": download.SMOLLM2_REPO', "quantised weights under the name of the others", f"{PEFT}::test_the_base_of_an_export_is_named_as_what_it_is"),
-    ("tools/peft/reading.py", 'return "lm" if causal and not head else "classification"', 'return "classification"', "a language model's adapter is read for a classifier", f"{PEFT}::test_a_language_models_adapter_comes_back_through_the_command"),
     ("tools/peft/commands.py", "    if task and not head:", "    if False:", "a head that was never trained is evaluated", f"{PEFT}::test_a_language_models_adapter_comes_back_through_the_command"),
     ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
     ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),

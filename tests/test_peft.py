@@ -146,7 +146,7 @@ def test_names_and_task_of_a_causal_family(family, head):
 
 
 def test_a_language_models_adapter_comes_back_through_the_command(tmp_path, capsys):
-    """Ranks and scales that differ; without a head in the folder it is a language model."""
+    """Ranks and scales that differ; it loads into a language model, and no task is evaluated."""
     m = tiny.model("llama", dtype=torch.float32, head="lm")
     base, folder, back = llama_folder(tmp_path / "m", m), tmp_path / "adapter", tmp_path / "back"
     lora.inject(m, lora.LINEARS, r=3, lora_alpha=5)

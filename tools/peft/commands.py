@@ -27,8 +27,7 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     if task and not head:
         raise ValueError(f"{folder} holds no head: there is nothing to evaluate on {task}")
     labels = glue.TASKS[task].num_labels if task else reading.labels_of(head)
-    kind = reading.kind_of(model_name, head)
-    model, tokenizer = load_pretrained(model_name, num_labels=labels, head=kind)
+    model, tokenizer = load_pretrained(model_name, num_labels=labels)
     pairs, head = reading.read(folder, model)
     layers = reading.put(model, pairs, head)
     total = sum(p.count() for p in pairs.values())

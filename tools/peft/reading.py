@@ -120,12 +120,6 @@ def labels_of(head):
     return rows[0] if rows else 2
 
 
-def kind_of(model_name, head):
-    """The head of the model that a folder is for: "lm" where it brings none to a causal family."""
-    causal = Config.from_hf(hf_folder.read_config(download.model_folder(model_name))).causal
-    return "lm" if causal and not head else "classification"
-
-
 def shapes_of(name, num_labels):
     """The model of that name (as of train.py) in shapes alone, on the "meta" device."""
     hf = hf_folder.read_config(download.model_folder(name))
