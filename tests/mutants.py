@@ -48,6 +48,7 @@ RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 CAUSAL, GENERATION, GGUF = "test_causal.py", "test_generation.py", "test_gguf.py"
+LANGUAGE = "test_language_model.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
@@ -352,6 +353,8 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "turns = [pick(part.expand(len(read), -1, -1), read) for part in turned], turned", "turns = [part[:, :1] for part in turned], turned", "the query that is read stays at position 0", f"{CAUSAL}::test_last_layer_at_one_position_equals_all_positions"),
     ("model.py", "wide = torch.promote_types(x.dtype, torch.float32)", "wide = x.dtype", "angles in bfloat16", f"{CAUSAL}::test_angles_in_bfloat16_are_those_of_float32"),
     ("model.py", "self.config.causal and read is None and not cache", "self.config.causal and read is None", "a new token sees the first key alone", f"{GENERATION}::test_cached_equals_uncached"),
+    ("proxies.py", "return int((labels[:, 1:] != -100).sum()) if", "return labels[:, 1:].numel() if", "a prompt's tokens count as predicted", f"{LANGUAGE}::test_scores_of_first_order_from_the_gradient_of_the_place"),
+    ("proxies.py", "k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))", "k, v = (part.repeat(1, q.shape[1] // k.shape[1], 1, 1) for part in (k, v))", "SYNFLOW reads the heads of keys as a b a b", f"{LANGUAGE}::test_synflow_written_out"),
     ("support/hf_folder.py", "tensor = tensor + FAMILIES[family].gain_offset", "pass", "Gemma's gains without 1", f"{CAUSAL}::test_a_folder_gives_the_model_that_was_written"),
     ("support/generation.py", "positions = cache.lengths[:, None]  # (b, 1)", "positions = torch.full_like(cache.lengths, cache.mask.shape[1])[:, None]", "short rows go on at the longest one's position", f"{GENERATION}::test_cached_equals_uncached"),
     ("support/generation.py", "ordered.where(before < top_p, 0.0)", "ordered.where(before + ordered < top_p, 0.0)", "the nucleus stops one token early", f"{GENERATION}::test_the_nucleus"),
