@@ -20,7 +20,7 @@ from model import load_pretrained
 from relatives.dora import DoRA
 from support import run_folder
 from tools.peft import __main__ as tool
-from tools.peft import commands, reading, writing
+from tools.peft import commands, prepare, reading, writing
 
 ALL = lora.SHORTCUTS["all"]
 ONE_OF_EACH = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -178,6 +178,27 @@ def test_shortcuts_are_refused_and_those_of_zero_dropped(tmp_path):
     torch.testing.assert_close(
         logits(theirs.double(), batch, "lm"), logits(ours, batch, "lm"), rtol=0, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma"])
+def test_shortcuts_live_in_a_prepared_model(tmp_path, case):
+    """prepare() changes no bit; with the adapter the model computes what ours does."""
+    peer, ours = build_pair(tmp_path, case)
+    batch = tiny.batch(ours.config)
+    expected = logits(adapted(ours, shortcuts=ALL), batch, "lm")
+    run = run_of(tmp_path / "run", ours, tmp_path, shortcuts="all")
+    config = writing.export(run, tmp_path / "adapter", keep_shortcuts=True)
+    places = [p for p in config["target_modules"] if "residual" in p or "shortcut" in p]
+    assert len(places) == 11
+    fresh = stock(tmp_path, peer, "lm")
+    before = logits(fresh, batch, "lm")
+    prepare.prepare(fresh, places)
+    assert torch.equal(logits(fresh, batch, "lm"), before)
+    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double()
+    torch.testing.assert_close(logits(theirs, batch, "lm"), expected, rtol=0, atol=1e-10)
+    assert (expected - before).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="q_proj is no place for a shortcut"):
+        prepare.prepare(fresh, ["model.layers.0.q_proj"])
 
 
 # ----------------------------------------------------------------------------------------------- in
