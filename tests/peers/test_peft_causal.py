@@ -14,6 +14,7 @@ import transformers
 import causal_models
 import lora
 import tiny
+import train
 from causal_models import CASES, in_float64
 from delta_lora import DeltaLoRA
 from model import load_pretrained
@@ -72,10 +73,10 @@ def run_of(folder, ours, base, pairs=None, **flags):
     return folder
 
 
-def stock(base, peer, head):
+def stock(base, peer, head, num_labels=3):
     """transformers' own model of the folder, as a user loads it; in the dtype of peer."""
     auto = "AutoModelForCausalLM" if head == "lm" else "AutoModelForSequenceClassification"
-    more = {} if head == "lm" else {"num_labels": 3}
+    more = {} if head == "lm" else {"num_labels": num_labels}
     with in_float64():
         fresh = getattr(transformers, auto).from_pretrained(base, dtype=torch.float32, **more)
     fresh = fresh.to(peer.dtype).eval()
@@ -199,6 +200,32 @@ def test_shortcuts_live_in_a_prepared_model(tmp_path, case):
     assert (expected - before).abs().max() > 1e-2
     with pytest.raises(ValueError, match="q_proj is no place for a shortcut"):
         prepare.prepare(fresh, ["model.layers.0.q_proj"])
+
+
+def test_a_whole_run_goes_out_through_the_program(tmp_path):
+    """train.py with dynamic HeteroLoRA, shortcuts and Delta-LoRA; then a prepared model, PEFT."""
+    base = tmp_path / "base"
+    peer, _ = causal_models.build_pair(base, "llama", dtype=torch.float32)
+    task, out = tiny.task_folder(tmp_path / "task"), tmp_path / "run"
+    flags = f"--task mrpc --data-dir {task} --model {base} --r 2 --epochs 2 --batch-size 5"
+    more = f"--lr 0.05 --max-length 30 --device cpu --every 0.5 --out {out} --delta-ratio 0.5"
+    places = "--targets q_proj,out_proj,gate_proj,fc2 --shortcuts all --delta-start 1"
+    assert train.main([*flags.split(), *more.split(), *places.split()]) == 0
+    folder = tmp_path / "adapter"
+    assert tool.main(["export", str(out), str(folder)]) == 2  # shortcuts are on
+    assert tool.main(["export", str(out), str(folder), "--keep-shortcuts"]) == 0
+    ours, _ = load_pretrained(str(base), num_labels=2)
+    lora.load_adapter(ours, out)
+    batch = tiny.batch(ours.config)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["r"] == 4
+    shortcuts = [p for p in config["target_modules"] if "residual" in p or "shortcut" in p]
+    fresh = prepare.prepare(stock(base, peer, "classification", num_labels=2), shortcuts)
+    theirs = peft.PeftModel.from_pretrained(fresh, folder).eval()
+    with torch.no_grad():
+        del batch["labels"]
+        got, expected = theirs(**batch).logits, ours.eval()(**batch).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- in
