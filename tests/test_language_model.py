@@ -213,6 +213,20 @@ def train(m, steps, before=lambda step: None, delta=None):
         optimizer.zero_grad()
 
 
+def test_no_gradient_below_the_first_module_that_is_on():
+    """The graph begins at it: what comes out of the block before is a constant."""
+    m, (batch, _) = problem()
+    lora.switch(m, {"layers.1.gate_proj", "layers.1.shortcut_ffn"})
+    with_graph = []
+    for block in m.layers:
+        block.register_forward_hook(
+            lambda _block, _x, out: with_graph.append([h.requires_grad for h in out])
+        )
+    m(**batch).loss.backward()
+    assert with_graph == [[False, False], [True, True]]  # the stream, the FFN's input
+    assert lora.adapters(m)["layers.1.gate_proj"].lora_A.grad is not None
+
+
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("budget", [None, 700])
 def test_allocation_while_training(mode, budget):
