@@ -19,6 +19,7 @@ from causal_models import CASES, in_float64
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives.dora import DoRA
+from relatives.single_ranks import keep_ranks
 from support import run_folder
 from tools.peft import __main__ as tool
 from tools.peft import commands, prepare, reading, writing
@@ -54,7 +55,7 @@ def adapted(ours, shortcuts=(), adapter=lora.LoRALayer):
     tiny.randomise([f for a in layers.values() for f in a.factors().values()], 2)
     if adapter is lora.LoRALayer:
         for i, layer in enumerate(layers.values()):
-            layer.keep_ranks(list(range(1 + i % 3)))
+            keep_ranks(layer, list(range(1 + i % 3)))
             layer.scaling = (0.5, 2.0, 0.25, 4.0)[i % 4]  # padding folds them into B exactly
             layer.lora_alpha = layer.scaling * layer.r
         lora.switch(ours, set(layers) - {"layers.0.fc1", "layers.2.out_proj"})
