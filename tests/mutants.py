@@ -48,6 +48,7 @@ RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
 CAUSAL, GENERATION, GGUF = "test_causal.py", "test_generation.py", "test_gguf.py"
+LANGUAGE = "test_language_model.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
@@ -117,7 +118,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "mask = None if causal else key_mask", "mask = None", "padding is attended to", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "        return q, k, self.split_heads(", "        return q * 0.5, k, self.split_heads(", "attention scaled twice", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     ("model.py", "read = mask.sum(1) - 1", "read = mask.sum(1) - 1 - (mask.sum(1) > 1).long()", "the last token but one is read", f"{MODEL}::test_logits_equal_the_dense_derivation"),
-    ("model.py", "labels[:, 1:].flatten()", "labels[:, :-1].flatten()", "language model not shifted", f"{MODEL}::test_losses"),
+    ("model.py", ", labels[:, 1:][labels[:, 1:] != -100]", ", labels[:, :-1][labels[:, 1:] != -100]", "language model not shifted", f"{MODEL}::test_losses"),
+    ("model.py", "return x[:, :-1][labels[:, 1:] != -100]", "return x[:, :-1][labels[:, :-1] != -100]", "logits where the token itself has a label", f"{MODEL}::test_language_model_loss_is_of_the_labelled_tokens_alone"),
+    ("model.py", "labels is not None and self.training:", "labels is not None and False:", "in training logits of every token", f"{MODEL}::test_language_model_loss_is_of_the_labelled_tokens_alone"),
     ("model.py", "self.position_embeddings(positions + c.position_offset)", "self.position_embeddings(positions)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
     ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
@@ -252,6 +255,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ('tools/peft/writing.py', 'return Pair(self.lora_A, self.scaling * self.lora_B, 1.0, self.magnitude)', 'return Pair(self.lora_A, self.lora_B, 1.0, self.magnitude)', "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
     ("tools/peft/writing.py", "column += part.r", "column += 0", "q and v of GPT-2 share columns", f"{PEFT}::test_gpt2_is_fused_exactly"),
     ("tools/peft/writing.py", "p.scaling * p.r for n, p in paths.items() if", "p.scaling * r for n, p in paths.items() if", "alpha of another rank's scale", f"{PEFT}::test_a_good_folder_comes_back_as_it_went"),
+    ("support/families.py", '"fc1": "mlp.up_proj",', '"fc1": "mlp.gate_proj",', "up_proj under the gate's name", f"{PEFT}::test_names_and_task_of_a_causal_family"),
+    ("tools/peft/writing.py", '"SEQ_CLS" if head else "CAUSAL_LM"', '"SEQ_CLS"', "a language model goes out as a classifier", f"{PEFT}::test_names_and_task_of_a_causal_family"),
+    ("tools/peft/writing.py", '"smollm2-q4": None', '"smollm2-q4": download.SMOLLM2_REPO', "quantised weights under the name of the others", f"{PEFT}::test_the_base_of_an_export_is_named_as_what_it_is"),
+    ("tools/peft/commands.py", "    if task and not head:", "    if False:", "a head that was never trained is evaluated", f"{PEFT}::test_a_language_models_adapter_comes_back_through_the_command"),
     ("tools/peft/reading.py", "alpha / math.sqrt(r) if", "alpha / r if", "rsLoRA read as LoRA", f"{PEFT}::test_rslora_is_only_a_scale"),
     ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
     ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
@@ -346,6 +353,8 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "turns = [pick(part.expand(len(read), -1, -1), read) for part in turned], turned", "turns = [part[:, :1] for part in turned], turned", "the query that is read stays at position 0", f"{CAUSAL}::test_last_layer_at_one_position_equals_all_positions"),
     ("model.py", "wide = torch.promote_types(x.dtype, torch.float32)", "wide = x.dtype", "angles in bfloat16", f"{CAUSAL}::test_angles_in_bfloat16_are_those_of_float32"),
     ("model.py", "self.config.causal and read is None and not cache", "self.config.causal and read is None", "a new token sees the first key alone", f"{GENERATION}::test_cached_equals_uncached"),
+    ("proxies.py", "return int((labels[:, 1:] != -100).sum()) if", "return labels[:, 1:].numel() if", "a prompt's tokens count as predicted", f"{LANGUAGE}::test_scores_of_first_order_from_the_gradient_of_the_place"),
+    ("proxies.py", "k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))", "k, v = (part.repeat(1, q.shape[1] // k.shape[1], 1, 1) for part in (k, v))", "SYNFLOW reads the heads of keys as a b a b", f"{LANGUAGE}::test_synflow_written_out"),
     ("support/hf_folder.py", "tensor = tensor + FAMILIES[family].gain_offset", "pass", "Gemma's gains without 1", f"{CAUSAL}::test_a_folder_gives_the_model_that_was_written"),
     ("support/generation.py", "positions = cache.lengths[:, None]  # (b, 1)", "positions = torch.full_like(cache.lengths, cache.mask.shape[1])[:, None]", "short rows go on at the longest one's position", f"{GENERATION}::test_cached_equals_uncached"),
     ("support/generation.py", "ordered.where(before < top_p, 0.0)", "ordered.where(before + ordered < top_p, 0.0)", "the nucleus stops one token early", f"{GENERATION}::test_the_nucleus"),
