@@ -135,7 +135,11 @@ class Config:
 
 
 class Output(NamedTuple):
-    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, or None."""
+    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, or None.
+
+    In train mode, with labels, head "lm" computes the logits of the n predicted tokens alone,
+    (n, vocab): the loss needs no others, and nothing else in a step is as wide as a vocabulary.
+    """
 
     logits: torch.Tensor
     loss: torch.Tensor | None
@@ -158,6 +162,19 @@ def refuse_weights(weight):
 def pick(x, read):
     """The read positions only: (b, t, d), (b,) -> (b, 1, d)."""
     return x[torch.arange(len(x), device=x.device), read][:, None]  # (b, 1, d)
+
+
+def predicted(x, labels):
+    """What is predicted: position t predicts token t + 1, where that has a label.
+
+    Args:
+        x: (b, t, …), what predicts: the last hidden states, or their logits.
+        labels: (b, t), -100 = no label.
+
+    Returns:
+        (n, …) of x, and their n labels.
+    """
+    return x[:, :-1][labels[:, 1:] != -100], labels[:, 1:][labels[:, 1:] != -100]
 
 
 def norm_of(config):
@@ -376,7 +393,8 @@ class Transformer(nn.Module):
             attention_mask: (b, t), 1 = token, 0 = padding, which must be on the right.
             token_type_ids: (b, t) int64, BERT alone; None = all 0.
             labels: (b,) class ids; (b,) floats with num_labels 1; (b, t) token ids with head "lm",
-                -100 where no loss is wanted (the shift by one happens here).
+                -100 where no loss is wanted (the shift by one happens here; in train mode logits
+                are then those of the predicted tokens alone, see Output).
             inputs_embeds: (b, t, embed_dim), in place of the word embeddings.
 
         Returns:
@@ -400,6 +418,8 @@ class Transformer(nn.Module):
             read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
         x = self.embed(input_ids, token_type_ids, inputs_embeds)
         h = self.encode(x, mask, read)
+        if self.config.head == "lm" and labels is not None and self.training:
+            h, labels = predicted(h, labels)  # (n, embed_dim), (n,)
         logits = self.predict(h)
         return Output(logits, None if labels is None else self.loss(logits, labels))
 
@@ -465,11 +485,10 @@ class Transformer(nn.Module):
         return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x
 
     def predict(self, h):
-        """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
+        """The head: (b, 1, embed_dim) -> (b, num_labels), or (…, embed_dim) -> (…, vocab)."""
         if self.config.head == "lm":
-            if self.config.tied:
-                return F.linear(h, self.word_embeddings.weight)  # (b, t, vocab)
-            return self.lm_head(h)  # (b, t, vocab)
+            head = self.word_embeddings if self.config.tied else self.lm_head
+            return F.linear(h, head.weight)  # (…, vocab)
         h = h[:, 0]  # (b, embed_dim)
         if self.config.causal:
             return self.score(h)  # (b, num_labels)
@@ -481,8 +500,8 @@ class Transformer(nn.Module):
 
     def loss(self, logits, labels):
         """Cross-entropy, mean over examples (over tokens for "lm"); squared error for one label."""
-        if self.config.head == "lm":  # position t predicts token t + 1
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (b (t - 1), …)
+        if self.config.head == "lm":
+            logits, labels = (logits, labels) if logits.ndim == 2 else predicted(logits, labels)
         elif self.config.num_labels == 1:
             return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)

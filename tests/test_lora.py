@@ -7,6 +7,7 @@ from torch import nn
 import dense
 import lora
 import tiny
+from relatives.single_ranks import keep_ranks
 from support import seeds
 
 
@@ -232,13 +233,13 @@ def test_branch_dropout_acts_on_the_input_and_in_train_mode_only():
 # ------------------------------------------------------------------------------------ adapter files
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "llama"))
 def test_a_saved_adapter_in_a_fresh_model_gives_the_same_logits(family, tmp_path):
     """Two lines: with shortcuts, switches, ranks that differ, and the head."""
     m = tiny.adapted(family, shortcuts=lora.SHORTCUTS["all"])
     layers = lora.adapters(m)
     lora.switch(m, set(list(layers)[::2]))
-    layers["layers.1.k_proj"].keep_ranks([0, 2])
+    keep_ranks(layers["layers.1.k_proj"], [0, 2])
     lora.save_adapter(m, tmp_path)
     fresh = tiny.model(family)
     for name in fresh.head:

@@ -10,7 +10,9 @@ after the first epoch, which is not reached here.
 What this file does not do: measure accuracy (tools/compare.py, with the same study).
 """
 
+import ctypes
 import functools
+import gc
 
 import lora
 import train
@@ -20,6 +22,7 @@ from tools.bench import peak, pictures, timing
 
 STUDY = compare.ROOT / "studies" / "relatives.toml"
 STEPS = 5
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def settings():
@@ -39,9 +42,20 @@ def steps(command):
     return functions, sum(counts[name] for name in lora.adapters(run.model))
 
 
-def step_peak(command):
-    """Peak MiB of STEPS training steps above the loaded model, for peak.in_fresh_process."""
+def step_peak(command, first):
+    """Peak MiB of STEPS training steps above the loaded model, for peak.in_fresh_process.
+
+    Every tensor of 64 KiB or more has memory of its own, which goes back to the system with it: in
+    a heap that is used again, gaps of chance are larger than what methods differ by. Before the
+    model is loaded, steps of the command `first` are taken, since the libraries keep buffers from
+    their first calls.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    for step in steps(first)[0]:
+        step()
     functions, _ = steps(command)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return peak.peak_above(lambda: [step() for step in functions])
 
 
@@ -56,13 +70,14 @@ def beside_first(commands, rounds):
     """
     (first, command), *others = commands.items()
     base, parameters = steps(command)
-    base_peak, found = peak.in_fresh_process(step_peak, command=command), {}
+    base_peak = peak.in_fresh_process(step_peak, command=command, first=command)
+    found, of_first = {}, command
     for name, command in others:
         functions, count = steps(command)
         seconds = timing.interleaved({first: base, name: functions}, rounds)
         time = timing.ratio(seconds[name], seconds[first])
-        memory = peak.in_fresh_process(step_peak, command=command) / base_peak
-        found[name] = count, time, memory
+        memory = peak.in_fresh_process(step_peak, command=command, first=of_first)
+        found[name] = count, time, memory / base_peak
     return {first: (parameters, (1.0, 1.0, 1.0), 1.0)} | found
 
 
