@@ -3,8 +3,8 @@
 A method is a combination of flags; a preset is nothing but a documented set of them, and a flag
 that is given wins over it. Bad input is a ValueError with one line: what, got, allowed.
 
-What this file does not do: say which flags go together (settings.py), look at data, models or
-devices (train.py does).
+What this file does not do: say which flags go together (settings.py), look at data or devices
+(train.py does), or at a model, but for its family where --model is given and --task is not.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import glue, run_folder
+from support import run_folder, tasks
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -79,8 +79,14 @@ def names(*allowed):
 
 
 FLAGS = {  # name: (type, default, help)
-    "task": (one_of(*glue.TASKS), "paraphrase", f"one of {', '.join(glue.TASKS)}"),
-    "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
+    "task": (
+        one_of(*tasks.TASKS),
+        tasks.DEFAULT,
+        f"one of {', '.join(tasks.TASKS)}; with a causal model: {tasks.DEFAULT_CAUSAL}",
+    ),
+    "data-dir": (str, None, "folder with the task's files, GLUE's TSVs or text; else the hub"),
+    "train-records": (number(int, 1), None, "the first so many of the training set, not all"),
+    "eval-records": (number(int, 1), None, "the first so many to evaluate on, not all"),
     "model": (str, "minilm", "minilm, smollm2, smollm2-q4, a folder, a .gguf file, or a hub id"),
     "targets": (
         names(*lora.LINEARS),
@@ -178,12 +184,17 @@ FLAGS = {  # name: (type, default, help)
     "max-length": (
         number(int, 8),
         None,
-        "tokens of a pair, longer ones are truncated (default: 128, or what the model has)",
+        "tokens of an example, longer ones are truncated (default: the task's, 128 for pairs; or "
+        "what the model has)",
     ),
     "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
     "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
     "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
+}
+OF_TEXT = {  # defaults of a task that is written text: a causal model, fewer and longer steps
+    "epochs": 1,
+    "batch_size": 8,
 }
 RELEASED = {  # the authors' MRPC runs with shortcuts (OPT-350M)
     "targets": ["q_proj", "v_proj"],
@@ -245,11 +256,11 @@ def parse_flags(argv):
     found, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
     given = vars(found)
-    defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
     if given["resume"] is None:
-        if given["eval_only"]:
+        task = given.get("task") or (tasks.default(given["model"]) if "model" in given else None)
+        args = {**defaults(task), **PRESETS.get(given["preset"], {}), **given}
+        if given["eval_only"] and tasks.TASKS[args["task"]].head != "lm":
             raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
-        args = {**defaults, **PRESETS.get(given["preset"], {}), **given}
         refuse_conflicts(given, args)
         return types.SimpleNamespace(**args)
     for name in given:
@@ -259,6 +270,13 @@ def parse_flags(argv):
             )
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
+
+
+def defaults(task=None):
+    """dict of every flag's default; a task that is written text has a few of its own."""
+    found = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
+    found["task"] = task or found["task"]
+    return {**found, **(OF_TEXT if tasks.TASKS[found["task"]].head == "lm" else {})}
 
 
 def refuse_unknown(words, known):
@@ -363,7 +381,7 @@ def equal_budget_control(args, spent, costs):
         del control["shortcut_alpha"]
     given = {"task": args.task}
     about_allocation = ("keep", "budget-params", "per-rank", "when-off", "every", "score-batches")
-    for name, (_, default, _) in FLAGS.items():
+    for name, default in ((n, defaults(args.task)[n.replace("-", "_")]) for n in FLAGS):
         value = control.get(name.replace("-", "_"), default)
         left_out = (*about_allocation, "ranking", "proxy", "out", "device")
         if value != default and name not in left_out:

@@ -1,0 +1,102 @@
+"""All tasks that train.py knows, those of glue.py and those of texts.py, behind the same calls.
+
+    task       | loaded as                 | head            | example's label
+    glue.py's  | (texts, label)            | classification  | class id or score
+    texts.py's | record, (prompt, targets) | lm              | an id for each token, or -100
+
+What this file does not do: read a format (glue.py, texts.py), score (evaluation.py).
+"""
+
+from support import download, glue, hf_folder, texts
+from support.families import FAMILIES
+
+TASKS = {**glue.TASKS, **texts.TASKS}
+DEFAULT, DEFAULT_CAUSAL = "paraphrase", "describe"
+
+
+def module(name):
+    """Where a task's functions are."""
+    return texts if name in texts.TASKS else glue
+
+
+def default(model):
+    """The task of a model, by its name, where none is given. Raises as download.model_folder."""
+    family = family_of(download.model_folder(model))
+    return DEFAULT_CAUSAL if family and family.features["causal"] else DEFAULT
+
+
+def family_of(folder):
+    """The record of a model's family; None of one that the loader will refuse by its name."""
+    return FAMILIES.get(str(hf_folder.read_config(folder).get("model_type")))
+
+
+def refuse_misfit(name, folder, proxy=None):
+    """Raises ValueError where a model, by its folder, cannot do a task, or a proxy score it."""
+    if TASKS[name].head == "lm":
+        family = family_of(folder)
+        if family and not family.features["causal"]:
+            causal = ", ".join(n for n, f in FAMILIES.items() if f.features["causal"])
+            raise ValueError(
+                f"task {name} is to write text, which a model that reads in both directions cannot:"
+                f" give a --model that is causal ({causal}), or a --task that is classification "
+                f"({', '.join(glue.TASKS)})"
+            )
+    if proxy and proxy.startswith("alpha_test"):
+        if TASKS[name].head == "lm":
+            raise ValueError(f"--proxy {proxy} needs accuracy, and task {name} has perplexity")
+        if TASKS[name].num_labels == 1:
+            raise ValueError(f"--proxy {proxy} needs accuracy, and task {name} has scores")
+
+
+def load(name, data_dir, *, test, train, seed, train_records, eval_records):
+    """What a task's files hold.
+
+    Args:
+        name: a key of TASKS. data_dir: a folder, or None.
+        test, train: bool, whether these splits are wanted.
+        seed: int, for a task whose development set is drawn.
+        train_records, eval_records: int, how many are taken of the training set, of every other
+            one, from its beginning; None = all.
+
+    Returns:
+        ((train, dev, test), notes): lists of what the task's module loads, train and test may be
+        None; notes are lines for the person who asked.
+
+    Raises:
+        ValueError, OSError: as load_splits of glue.py and of texts.py.
+    """
+    if name in texts.TASKS:
+        splits, notes = texts.load_splits(name, data_dir, test, train, seed)
+    else:
+        splits, notes = glue.load_splits(name, data_dir, test, train)
+    kept = []
+    limits = (("train", train_records), ("eval", eval_records), ("eval", eval_records))
+    for records, (what, limit) in zip(splits, limits, strict=True):
+        if records is not None and limit and limit >= len(records) and what == "train":
+            notes.append(f"--train-records {limit}: the training set has {len(records)}, all of it")
+        kept.append(records if records is None else records[:limit])
+    return kept, notes
+
+
+def encode(name, splits, tokenizer, config, folder, max_length):
+    """What load gave as examples.
+
+    Args:
+        splits: as load gives them. config: model.Config. folder: of the model.
+        max_length: int, or None for the task's own.
+
+    Returns:
+        ((train, dev, test, prompts), notes): lists of examples, and {split: prompts that are
+        answered}.
+    """
+    if name in texts.TASKS:
+        *found, notes = texts.encode_splits(name, splits, tokenizer, config, folder, max_length)
+        examples, prompts = found
+        return (*examples, prompts), notes
+    examples, notes = glue.encode_splits(splits, tokenizer, max_length, config.max_positions)
+    return (*examples, {}), notes
+
+
+def source(name, data_dir, split):
+    """Where the examples of "dev" or "test" lie, in words."""
+    return module(name).source(name, data_dir, split)
