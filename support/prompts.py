@@ -47,7 +47,7 @@ def render(template, prompt, specials):
             messages=messages, add_generation_prompt=True, **specials
         )
     except Exception as error:  # Jinja's, or any that the template's own program raises
-        raise ValueError(f"the chat template fails: {one_line(error)}") from error
+        raise ValueError(f"the chat template fails: {one_line(error)}; try --plain") from error
 
 
 def ends_of(tokenizer, eos_token_ids, specials):
