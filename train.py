@@ -131,13 +131,8 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    layers = lora.adapters(model).items()
-    levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
-    spent = runs.counts(model)[0]
-    tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params, spent))
-    runs.log(run, "score", step=run.step, parameters=spent, seconds=seconds)
-    runs.write_history(run)
+    tqdm.write(runs.note_decision(run, args.r, seconds))
 
 
 def score(run, batches):
@@ -277,8 +272,7 @@ def prepare(args, stack):
         lines = runs.resume(run, *where, steps, rebuild)
     if not args.eval_only:
         parameters = sum(lora.count_trainable(run.model).values())
-        sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
-        run.notes += effects(args, **sizes)
+        run.notes += effects(args, examples=len(run.train), parameters=parameters, plan=run.plan)
     if writes:
         new = {"out": args.out, "name": args.task, "stored": flags.stored(args), "data": data}
         runs.enter_folder(run, stack, resume=args.resume, **new, lines=lines)
@@ -335,10 +329,7 @@ def carry_out(run):
     if args.dry_run:
         print(dry_run(run))
         return
-    untouched = measures.of_untouched(run)
-    if untouched:
-        runs.log(run, "eval", step=0, epoch=0, **untouched)
-        print(f"untouched: {report.show(untouched)}")
+    print(measures.of_untouched(run), end="")
     with terminal.stop_on_signal(run):
         train(run)
     run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
@@ -346,10 +337,8 @@ def carry_out(run):
         return
     print(measures.at_the_end(run), end="")
     if distributed.rank() == 0:
-        control = None
-        if run.plan:
-            spent = runs.counts(run.model)[0]
-            control = flags.equal_budget_control(args, spent, run.plan.costs)
+        spent = runs.counts(run.model)[0]
+        control = run.plan and flags.equal_budget_control(args, spent, run.plan.costs)
         beside = glue.baselines(args.task, args.data_dir) if not args.eval_records else {}
         print(runs.finish(run, flags.describe(args), control, beside))
         print(measures.examples(run), end="")

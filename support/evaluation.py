@@ -14,7 +14,7 @@ import math
 import torch
 
 from proxies import loss_terms
-from support import distributed, glue, report, terminal, writing
+from support import distributed, glue, report, run_folder, terminal, writing
 
 EVAL_BATCH_SIZE = 64
 EVAL_TOKENS = 2048  # of a language model's batch: each has as many logits as there are words
@@ -118,10 +118,13 @@ def answer(run, split, metrics):
 
 
 def of_untouched(run):
-    """The metrics of dev before the first step, of a task that wants them; else None."""
-    if run.task.head == "lm" and run.task.before and run.step == 0:
-        return measure(run, "dev")[0]
-    return None
+    """Before the first step, of a task that wants it: the metrics of dev, logged; a line, or ""."""
+    if run.task.head != "lm" or not run.task.before or run.step:
+        return ""
+    metrics, _, _ = measure(run, "dev")
+    if run.folder:
+        run_folder.log(run.folder, "eval", step=0, epoch=0, **metrics)
+    return f"untouched: {report.show(metrics)}\n"
 
 
 def at_the_end(run):

@@ -131,6 +131,20 @@ def enter_folder(run, stack, *, resume, out, name, stored, data, lines):
         write_history(run)
 
 
+def note_decision(run, r, seconds):
+    """Log a decision that took so many seconds, write the history -> what is on, as a grid.
+
+    Args:
+        r: int, the rank that modules were injected with.
+    """
+    layers, budget = lora.adapters(run.model).items(), run.plan.budget
+    levels = {n: (a.r - len(a.ranks_off)) / r * a.enabled for n, a in layers}
+    spent = counts(run.model)[0]
+    log(run, "score", step=run.step, parameters=spent, seconds=seconds)
+    write_history(run)
+    return allocate.grid(levels, run.plan.costs, budget, spent)
+
+
 def save(run):
     """Write a checkpoint; every process calls this, the first one writes."""
     generators = distributed.gather(checkpoint.random_state(run.device))
