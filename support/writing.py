@@ -19,6 +19,7 @@ import shutil
 import torch
 
 from support import distributed, glue, terminal
+from support.errors import one_line
 
 BATCH = 32  # prompts that are answered side by side
 EXAMPLES = 3  # that are printed
@@ -90,6 +91,7 @@ def beside_references(prompts, written):
     step = max(1, len(prompts) // EXAMPLES)
     lines = []
     for i in list(range(0, len(prompts), step))[:EXAMPLES]:
-        lines += ["", f"prompt      {prompts[i].text}", f"written     {written[i]}"]
-        lines += [f"reference   {text}" for text in prompts[i].references[:2]]
+        lines += ["", f"prompt      {one_line(prompts[i].text)}"]
+        lines += [f"written     {one_line(written[i])}"]
+        lines += [f"reference   {one_line(text)}" for text in prompts[i].references[:2]]
     return "\n".join(lines[1:])
