@@ -192,9 +192,11 @@ FLAGS = {  # name: (type, default, help)
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
     "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
 }
-OF_TEXT = {  # defaults of a task that is written text: a causal model, fewer and longer steps
+OF_TEXT = {  # defaults of a task that is written text: a causal model, a few dear steps
     "epochs": 1,
     "batch_size": 8,
+    "lr": 2e-3,
+    "warmup": 10,
 }
 RELEASED = {  # the authors' MRPC runs with shortcuts (OPT-350M)
     "targets": ["q_proj", "v_proj"],

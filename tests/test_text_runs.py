@@ -73,7 +73,7 @@ def test_a_step_is_of_the_mean_over_its_predicted_tokens(flags):
         results.append(loss)
     expected = sum(map(sum, parts)) / sum(map(len, parts))
     assert results == pytest.approx([expected] * 2, abs=1e-10)
-    assert abs(expected - sum(sum(p) / len(p) for p in parts) / 5) > 1e-3
+    assert abs(expected - sum(sum(p) / len(p) for p in parts) / 5) > 1e-4
 
 
 def test_accumulation_equals_one_large_batch(flags):
@@ -119,7 +119,7 @@ def test_what_a_run_reports(flags, tmp_path, capsys):
     )
     assert last["best"]["loss"] == min(e["loss"] for e in evals)
     assert "12 training, 6 development, 6 test examples" in printed
-    assert [line.split()[0] for line in printed.splitlines()[-15:]].count("written") == 3
+    assert sum(line.startswith("written ") for line in printed.splitlines()) == 3
     assert printed.count("METEOR, ROUGE-L and CIDEr") == 1 and "meteor" not in last
     written = json.loads((out / "written.json").read_text())
     assert written.keys() == {"dev", "test"}
@@ -150,7 +150,7 @@ def test_two_processes_equal_one(flags, tmp_path):
     first, second = in_processes(run, 2, tmp_path)
     torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert len(one["scores"]) == 3
+    assert len(one["scores"]) == 2 and len(set(one["losses"])) == 3
 
 
 def test_instructions_and_running_text(tmp_path, model_folder, capsys):
@@ -165,7 +165,7 @@ def test_instructions_and_running_text(tmp_path, model_folder, capsys):
     common = f"--data-dir {tmp_path} --model {model_folder} --max-length 20 --r 2 --test"
     for task, examples in (("instructions", "9 training, 1 "), ("wikitext", "5 training, 5 ")):
         out = tmp_path / task
-        words = f"{common} --task {task} --out {out} --preset lora --train-records"
+        words = f"{common} --task {task} --out {out} --preset lora --batch-size 2 --train-records"
         assert train.main([*words.split(), "9"]) == 0
         printed = capsys.readouterr().out
         assert examples in printed and done(out)["loss"] > 0 and "bleu" not in done(out)
