@@ -14,7 +14,7 @@ from support import run_folder, writing
 from support.flags import parse_flags
 from test_causal import llama_folder
 from test_distributed import in_processes
-from test_texts import END, by_hand, e2e_folder, letters
+from test_texts import by_hand, e2e_folder, letters
 from test_train import whole_and_interrupted
 from tools import generate as program
 
@@ -214,18 +214,23 @@ def test_a_model_as_it_is_is_evaluated_without_a_run(flags, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_generate_asks_as_the_run_was_trained(flags, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_generate_asks_as_the_run_was_trained(flags, tmp_path, monkeypatch, capsys):
+    """The tokens of a prompt are those that were trained on; --plain is the prompt as it is."""
+    out, stream, asked = tmp_path / "run", program.generation.stream, []
     assert train.main([*flags, "--preset", "lora", "--out", str(out)]) == 0
-    capsys.readouterr()
-    assert program.main(["--run", str(out), "ab c", "--max-new-tokens", "6"]) == 0
-    model, tokenizer = load_pretrained(str(tmp_path / "model"), head="lm")
-    lora.load_adapter(model, out)
-    ids = torch.tensor([[*letters("ab c"), 0]])
-    expected = tokenizer.decode(model.eval().generate(ids, 6)[0].tolist())
-    assert capsys.readouterr().out == expected + "\n"
+
+    def watched(model, ids, *how, **more):
+        asked.append(ids[0].tolist())
+        return stream(model, ids, *how, **more)
+
+    monkeypatch.setattr(program.generation, "stream", watched)
     run = train.set_up(parse_flags(["--eval-only", "--resume", str(out)]))
-    assert run.prompts["dev"][0].ids[-1] == 0 and run.dev[0]["input_ids"][-1] == END
+    prompt = run.prompts["dev"][0]
+    assert run.dev[0]["input_ids"][: len(prompt.ids)] == prompt.ids
+    for more in ([], ["--plain"]):
+        words = ["--run", str(out), prompt.text, "--max-new-tokens", "6", *more]
+        assert program.main(words) == 0
+    assert asked == [prompt.ids, letters(prompt.text)] and prompt.ids == [*asked[1], 0]
 
 
 # ----------------------------------------------------------------------------------------- refusals

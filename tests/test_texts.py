@@ -215,6 +215,8 @@ def test_instructions_are_asked_in_the_chat_template_where_there_is_one(tokenize
     (chat,), _, _, _ = texts.encode("instructions", records, tokenizer, form, [END], 40)
     assert chat["input_ids"] == [2, *letters("ab"), END, *letters("c"), END]
     assert chat["label"] == [-100] * 4 + [*letters("c"), END]
+    (other,), _, _, _ = texts.encode("e2e", records, tokenizer, form, [END], 40)
+    assert other["input_ids"] == [*letters("ab"), 0, *letters("c"), END]  # a form of its own
     (plain,), _, _, _ = texts.encode("instructions", records, tokenizer, None, [END], 400)
     text = texts.ALPACA.format("ab")
     assert plain["label"] == [-100] * len(text) + [*letters("c"), END]
