@@ -46,13 +46,13 @@ def set_up(args):
     """Load model and data, inject, build the optimizer. ValueError or OSError on bad input."""
     device, task = distributed.pick_device(args.device), tasks.TASKS[args.task]
     decides = args.allocate in ("static", "dynamic")
-    what = named(args, "data_dir", "test", "seed", "train_records", "eval_records")
-    splits, notes = tasks.load(args.task, train=not args.eval_only, **what)
+    splits, notes = tasks.load(args.task, args.data_dir, args.test, not args.eval_only, args.seed)
     folder = download.model_folder(args.model)
     tasks.refuse_misfit(args.task, folder, args.proxy if decides else "")
     how = named(args, "dropout", "seed", "shortcut_norm")
     model, tokenizer = load_pretrained(str(folder), task.num_labels, task.head, **how)
-    data, more = tasks.encode(args.task, splits, tokenizer, model.config, folder, args.max_length)
+    how = named(args, "max_length", "train_records", "eval_records")
+    data, more = tasks.encode(args.task, splits, tokenizer, model.config, folder, **how)
     notes += more
     if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
@@ -228,7 +228,7 @@ def train(run):
                 seen += sum(map(len, group))
                 rate = seen / (time.monotonic() - epoch_started)
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:.3g} examples/s", refresh=False)
                 if run.step % args.log_every == 0:
                     change = {"weight_change": run.delta.weight_change()} if run.delta else {}
                     runs.log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)

@@ -48,15 +48,13 @@ def refuse_misfit(name, folder, proxy=None):
             raise ValueError(f"--proxy {proxy} needs accuracy, and task {name} has scores")
 
 
-def load(name, data_dir, *, test, train, seed, train_records, eval_records):
+def load(name, data_dir, test, train, seed):
     """What a task's files hold.
 
     Args:
         name: a key of TASKS. data_dir: a folder, or None.
         test, train: bool, whether these splits are wanted.
         seed: int, for a task whose development set is drawn.
-        train_records, eval_records: int, how many are taken of the training set, of every other
-            one, from its beginning; None = all.
 
     Returns:
         ((train, dev, test), notes): lists of what the task's module loads, train and test may be
@@ -66,35 +64,48 @@ def load(name, data_dir, *, test, train, seed, train_records, eval_records):
         ValueError, OSError: as load_splits of glue.py and of texts.py.
     """
     if name in texts.TASKS:
-        splits, notes = texts.load_splits(name, data_dir, test, train, seed)
-    else:
-        splits, notes = glue.load_splits(name, data_dir, test, train)
-    kept = []
-    limits = (("train", train_records), ("eval", eval_records), ("eval", eval_records))
-    for records, (what, limit) in zip(splits, limits, strict=True):
-        if records is not None and limit and limit >= len(records) and what == "train":
-            notes.append(f"--train-records {limit}: the training set has {len(records)}, all of it")
-        kept.append(records if records is None else records[:limit])
-    return kept, notes
+        return texts.load_splits(name, data_dir, test, train, seed)
+    return glue.load_splits(name, data_dir, test, train)
 
 
-def encode(name, splits, tokenizer, config, folder, max_length):
+def first(records, limit, what, notes):
+    """The first records of a split, None = all; a limit that cuts nothing is noted."""
+    if records is not None and limit and limit >= len(records):
+        notes.append(f"{what}: the set has {len(records)}, all are taken")
+    return records if records is None else records[:limit]
+
+
+def encode(name, splits, tokenizer, config, folder, *, max_length, train_records, eval_records):
     """What load gave as examples.
 
     Args:
         splits: as load gives them. config: model.Config. folder: of the model.
         max_length: int, or None for the task's own.
+        train_records, eval_records: int, how many are taken of the training set, of every other
+            one, from its beginning; None = all. Of running text a window is a record.
 
     Returns:
         ((train, dev, test, prompts), notes): lists of examples, and {split: prompts that are
         answered}.
     """
+    limits = (
+        (train_records, f"--train-records {train_records}"),
+        (eval_records, f"--eval-records {eval_records}, dev"),
+        (eval_records, f"--eval-records {eval_records}, test"),
+    )
+    running, notes = name in texts.TASKS and not texts.TASKS[name].columns, []
+    if not running:
+        splits = [first(s, *limit, notes) for s, limit in zip(splits, limits, strict=True)]
     if name in texts.TASKS:
-        *found, notes = texts.encode_splits(name, splits, tokenizer, config, folder, max_length)
-        examples, prompts = found
-        return (*examples, prompts), notes
-    examples, notes = glue.encode_splits(splits, tokenizer, max_length, config.max_positions)
-    return (*examples, {}), notes
+        examples, prompts, more = texts.encode_splits(
+            name, splits, tokenizer, config, folder, max_length
+        )
+    else:
+        prompts = {}
+        examples, more = glue.encode_splits(splits, tokenizer, max_length, config.max_positions)
+    if running:
+        examples = [first(e, *limit, notes) for e, limit in zip(examples, limits, strict=True)]
+    return (*examples, prompts), notes + more
 
 
 def source(name, data_dir, split):

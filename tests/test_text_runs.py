@@ -162,15 +162,20 @@ def test_instructions_and_running_text(tmp_path, model_folder, capsys):
     )
     for name in ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"):
         (tmp_path / name).write_text("ab" * 50)
-    common = f"--data-dir {tmp_path} --model {model_folder} --max-length 20 --r 2 --test"
+    common = f"--data-dir {tmp_path} --model {model_folder} --max-length 20 --test"
     for task, examples in (("instructions", "9 training, 1 "), ("wikitext", "5 training, 5 ")):
         out = tmp_path / task
-        words = f"{common} --task {task} --out {out} --preset lora --batch-size 2 --train-records"
+        words = (
+            f"{common} --task {task} --out {out} --r 2 --preset lora --batch-size 2 --train-records"
+        )
         assert train.main([*words.split(), "9"]) == 0
         printed = capsys.readouterr().out
         assert examples in printed and done(out)["loss"] > 0 and "bleu" not in done(out)
         assert (done(out)["test"] is None) == (task == "instructions")
         assert not (out / "written.json").exists()
+    words = f"{common} --task wikitext --eval-only --eval-records 2"  # of running text: windows
+    assert train.main(words.split()) == 0
+    assert "2 examples of" in capsys.readouterr().out
 
 
 def test_a_short_run_of_the_default_task(tmp_path, model_folder, capsys):
@@ -268,7 +273,7 @@ def test_what_is_cut_is_said(flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "targets go beyond 8 tokens: truncated" in printed
     assert "leave no room for a target in 8 tokens: left out" in printed
-    assert "--train-records 99: the training set has 12, all of it" in printed
+    assert "--train-records 99: the set has 12, all are taken" in printed
 
 
 def test_classification_with_a_causal_model_goes_on(tmp_path, model_folder):
