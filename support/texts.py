@@ -271,7 +271,7 @@ def read_rows(path, columns):
     if path.suffix == ".csv":
         return read_csv(path, text, columns)
     if path.suffix not in (".json", ".jsonl"):
-        return [(path, {"text": text})]
+        return [(path, {"text": text.replace("\r\n", "\n")})]  # lines end in one way
     if path.suffix == ".jsonl":
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [(f"{path}:{n}", parse(f"{path}:{n}", line)) for n, line in lines]
