@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, families, generation, hf_folder, seeds
+from support import download, families, generation, hf_folder, large, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -86,6 +86,7 @@ class Config:
     head: str = "classification"  # classification | lm
     dropout: float = 0.0
     shortcut_norm: str = "none"  # none | reuse: LayerNorm once more after a cross-layer shortcut
+    base_dtype: str = "fp32"  # fp32 | bf16: of the frozen weights, and of what they multiply
 
     @classmethod
     def from_hf(cls, hf, **overrides):
@@ -407,6 +408,7 @@ class Transformer(nn.Module):
         """New tokens after each prompt, (b, n): see support/generation.py for all arguments."""
         return generation.generate(self, input_ids, max_new_tokens, **how)
 
+    @large.in_base_dtype
     def embed(self, input_ids, token_type_ids=None, inputs_embeds=None, positions=None):
         """(b, t) -> (b, t, d), the input of the first block; positions as in `encode`."""
         c = self.config
@@ -431,6 +433,7 @@ class Transformer(nn.Module):
         x = self.embed_norm(x) if c.embed_norm else x
         return F.dropout(x, c.dropout, self.training) if c.embed_dropout else x
 
+    @large.in_base_dtype
     def encode(self, x, mask, read=None, positions=None, caches=None):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
 
@@ -464,6 +467,7 @@ class Transformer(nn.Module):
             x = self.final_norm(x)
         return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x
 
+    @large.in_base_dtype
     def predict(self, h):
         """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
         if self.config.head == "lm":
@@ -502,12 +506,13 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         dropout: float, replaces whatever the checkpoint was pretrained with.
         seed: int, for the parts of the head that the checkpoint lacks: weights are drawn from
             N(0, 0.02), biases are 0.
-        overrides: other fields of Config, for example shortcut_norm="reuse".
+        overrides: other fields of Config, for example shortcut_norm="reuse", base_dtype="bf16".
 
     Returns:
         (Transformer in float32 and train mode, tokenizers.Tokenizer that encodes pairs as the
         family does). model.fresh names the modules that were drawn; model.head those that are
-        trained for the task: the classifier always, a pooler only if it is fresh.
+        trained for the task: the classifier always, a pooler only if it is fresh. With base_dtype
+        "bf16" its frozen weights are in bfloat16 (support/large.py).
 
     Raises:
         ValueError: a config, tensor or tokenizer that does not fit, all of them listed.
@@ -532,4 +537,5 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     model.fresh = fresh
     if not config.pooler_in_head:  # a pooler that came is part of the backbone
         model.head = tuple(m for m in model.head if m != "pooler" or m in fresh)
+    large.cast_base(model, config.base_dtype)
     return model, tokenizer

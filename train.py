@@ -30,7 +30,7 @@ import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS, single_ranks
-from support import distributed, flags, glue, report, run_folder, seeds, terminal
+from support import distributed, flags, glue, large, report, run_folder, seeds, terminal
 from support import run as runs
 from support.errors import one_line
 from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, evaluate_test
@@ -50,6 +50,7 @@ def set_up(args):
         dropout=args.dropout,
         seed=args.seed,
         shortcut_norm=args.shortcut_norm,
+        base_dtype=args.base_dtype,
     )
     limit = model.config.max_positions
     (train, dev, test), more = glue.encode_splits(texts, tokenizer, args.max_length, limit)
@@ -72,6 +73,8 @@ def set_up(args):
             adapter=allocator.adapter if allocator else METHODS["adapter"][args.adapter],
         )
     lora.mark_trainable(model)
+    if args.shard == "yes":
+        notes += large.shard(model, device, lora.trainable(model).values(), args.resume)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
@@ -201,10 +204,10 @@ def train_step(run, group, lr):
     """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
     total = sum(map(len, group))
     loss = 0.0
-    for indices in filter(None, map(distributed.share, group)):
+    for indices, once in map(distributed.part, group):
         batch = batch_of(run.model, [run.train[i] for i in indices])
         # mean over the step = sum of batch means, each weighted by its share of the examples
-        part = run.model(**batch).loss * (len(indices) / total)
+        part = run.model(**batch).loss * (once * len(indices) / total)
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())
