@@ -309,7 +309,9 @@ def fisher(model, batches):
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
         examples = [
-            {k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["labels"]))
+            {k: v[i : i + 1] for k, v in b.items()}
+            for b in batches
+            for i in range(len(b["labels"]))
         ]
         for example, once in distributed.shares(examples):
             gradients = torch.autograd.grad(model(**example).loss, factors)

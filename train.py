@@ -74,7 +74,7 @@ def set_up(args):
         )
     lora.mark_trainable(model)
     if args.shard == "yes":
-        notes += large.shard(model, device, lora.trainable(model).values(), args.resume)
+        notes += large.shard(model, device, args.resume)
     model.to(device)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())

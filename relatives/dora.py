@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALayer
+from support import large
 
 
 class DoRA(LoRALayer):
@@ -36,7 +37,7 @@ class DoRA(LoRALayer):
 
     def __init__(self, base, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
-        magnitude = base.weight.detach().norm(dim=1)  # (out,)
+        magnitude = base.weight.detach().to(*large.wide(base.weight)).norm(dim=1)  # (out,)
         if not magnitude.all():
             raise ValueError(
                 f"row {int((magnitude == 0).nonzero()[0])} of a weight is zero: DoRA has no "

@@ -35,8 +35,8 @@ READ_WHOLE = {  # proxies that a sharded model cannot be scored by -> why
 # ----------------------------------------------------------------------------------- a base in bf16
 
 
-def stays_wide(name, head):
-    """Whether a parameter stays in float32 beside a base in bfloat16: of a pair, norm or head.
+def stays_wide(name, head=()):
+    """Whether a parameter stays in float32, and whole: of an adapter, a norm or the head.
 
     Args:
         name: of the parameter. head: tuple of the modules that are trained for the task.
@@ -109,7 +109,7 @@ def placed(layer, model):
 # ------------------------------------------------------------------------------------- sharded base
 
 
-def shard(model, device, whole, resumed=False):
+def shard(model, device, resumed=False):
     """Spread every block's frozen weights over the processes; the last thing before training.
 
     Each process keeps 1 / world of the rows of every weight, on the device. Before a block computes
@@ -118,7 +118,6 @@ def shard(model, device, whole, resumed=False):
     Args:
         model: model.Transformer, adapters in it.
         device: torch.device, where it computes.
-        whole: iterable of the parameters that train; they stay whole on every process.
         resumed: bool; a run goes on with any number of processes, one of them included.
 
     Returns:
@@ -139,8 +138,8 @@ def shard(model, device, whole, resumed=False):
     group = distributed.group(device.type) or dist.group.WORLD
     mesh = DeviceMesh.from_group(group, device.type)
     for block in model.layers:
-        ignored = {*whole, *(p for norm in norms_of(block) for p in norm.parameters())}
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+        whole = {p for name, p in block.named_parameters() if stays_wide(name)}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     return []
 
 
