@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import adapters
+from support import large
 
 
 def delta_update_(weight, new_A, new_B, old_A, old_B, coefficient):
@@ -85,6 +86,7 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight
+        large.refuse_part(name, weight, "give lazy=True to Delta-LoRA")
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} has a weight in {weight.dtype}: most increments would be rounded away, "

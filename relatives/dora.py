@@ -59,7 +59,8 @@ class DoRA(LoRALayer):
         """m / ||V||, (out,); the norm is a constant to autograd."""
         with torch.no_grad():
             # ||V||, V = W + scaling * B A, row by row
-            norm = (self.weight() + self.scaling * (B @ A)).norm(dim=1)  # (out,)
+            v = self.weight() + self.scaling * (B @ A)  # (out, in)
+            norm = v.norm(dim=1, dtype=self.lora_magnitude.dtype)  # (out,)
         m = self.lora_magnitude if self.enabled else self.lora_magnitude.detach()
         return m / norm
 

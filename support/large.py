@@ -166,16 +166,19 @@ def refuse_proxy(name, model):
         raise ValueError(f"{name} cannot score a sharded model: {READ_WHOLE[name]}")
 
 
+def refuse_part(name, weight, instead):
+    """Raises ValueError where a module's weight is sharded, with what to do instead."""
+    if hasattr(weight, "to_local"):
+        raise ValueError(f"{name} has a weight that is sharded over the processes: {instead}")
+
+
 def refuse_merge(name, weight, factor):
     """Raises ValueError where B A cannot be added to a weight without loss.
 
     Args:
         name: of the module. weight: (out, in), of its base. factor: one of its factors.
     """
-    if hasattr(weight, "to_local"):
-        raise ValueError(
-            f"{name} has a weight that is sharded: load the model in one process to merge"
-        )
+    refuse_part(name, weight, "load the model in one process to merge")
     if weight.dtype != factor.dtype:
         raise ValueError(
             f"{name} has a weight in {weight.dtype}, which would round away most of B A: call "

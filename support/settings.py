@@ -157,8 +157,8 @@ def of_large(a):
     return (
         (
             moves and a.base_dtype == "bf16",
-            "--delta-ratio with --base-dtype bf16 needs --delta-lazy yes: a weight in bfloat16 would "
-            "round most of each increment away",
+            "--delta-ratio with --base-dtype bf16 needs --delta-lazy yes: a weight in bfloat16 "
+            "would round most of each increment away",
         ),
         (
             moves and a.shard == "yes",

@@ -1,4 +1,4 @@
-"""A base in bfloat16 beside the float32 model of the same numbers; a sharded one beside a whole one.
+"""A base in bfloat16 beside its numbers in float32; a sharded base beside a whole one.
 
 u = 2^-9 is the largest relative error of rounding to bfloat16, which keeps 8 bits. A product rounds
 its two factors and its result: 3 u. From the embedding to the logits of a tiny model there are 14
@@ -72,7 +72,7 @@ def test_equals_the_float32_model_of_the_rounded_weights(family):
         assert abs(loss / expected[1] - 1) < TOLERANCE
         assert 0 < far(found, expected[2]) < TOLERANCE
         lora.switch(model, set())  # what is within it is not everything
-        assert far([model(**batch).logits.detach()], [expected[0]]) > 2 * TOLERANCE
+        assert far([model(**batch).logits.detach()], [expected[0]]) > TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,7 +235,7 @@ def test_delta_lora_on_bf16_is_lazy_and_exports_what_it_computes():
     assert far([plain(**batch).logits.detach()], [logits]) < TOLERANCE
 
 
-# ------------------------------------------------------------------------------------ runs with them
+# ------------------------------------------------------------------------------------ runs on bf16
 
 
 @pytest.fixture
@@ -316,7 +316,9 @@ RUNS = {
 def test_two_processes_with_half_a_base_each_equal_one(argv, tmp_path, family, method, in_float64):
     """Losses, metrics, A, B and scores to 1e-10; the two between themselves to the bit."""
     if family == "llama":
-        folder = llama_folder(tmp_path / "llama", tiny.model("llama", dtype=torch.float32))
+        folder = llama_folder(
+            tmp_path / "llama", tiny.model("llama", dtype=torch.float32, num_labels=2)
+        )
         argv[argv.index("--model") + 1] = str(folder)
     argv += RUNS[method].split()
 
@@ -421,13 +423,16 @@ def test_shares_that_differ_in_length_keep_step(argv, tmp_path, monkeypatch):
     def predictions():
         run = train.set_up(flags.parse_flags([*argv, "--preset", "lora", *more]))
         tiny.randomise(lora.trainable(run.model).values(), 3)
+        with torch.no_grad():  # both classes are predicted
+            logits = run.model(**evaluation.batch_of(run.model, run.dev)).logits
+            run.model.classifier.bias -= logits.mean(0)
         return [evaluation.predict(run.model, run.task, run.dev[:n]) for n in (5, 1, 4)]
 
     more = []
     one = predictions()
     more = ["--shard", "yes"]
     assert in_processes(predictions, 2, tmp_path) == [one, one]
-    assert len(set(one[0])) > 1
+    assert len(set(one[0])) > 1  # so that an order that is lost would show
 
 
 @pytest.mark.parametrize("items", [[], [1], [1, 2, 3], [1, 2, 3, 4]])
@@ -505,5 +510,5 @@ def test_what_a_sharded_base_cannot_do_is_refused(argv, tmp_path, capsys):
     *scores, merge, delta = in_processes(refusals, 2, tmp_path)[1]
     for name, message in zip(large.READ_WHOLE, scores, strict=True):
         assert message.startswith(f"{name} cannot score a sharded model: it")
-    assert merge.startswith("layers.0.q_proj has a weight that is sharded: ")
-    assert delta.startswith("layers.0.q_proj has a weight that is sharded: ")
+    assert merge.startswith("layers.0.q_proj has a weight that is sharded over")
+    assert delta.startswith("layers.0.q_proj has a weight that is sharded over")
