@@ -316,9 +316,8 @@ def fisher(model, batches):
         for example, once in distributed.shares(examples):
             gradients = torch.autograd.grad(model(**example).loss, factors)
             for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
-                # sum_k (A_k . dL_n/dA_k)^2
-                square = (a * g).sum(1).square().sum()  # (r, in) -> (r,) -> number
-                totals[j] += once * square.item()
+                # sum_k (A_k . dL_n/dA_k)^2     (r, in) -> (r,) -> number
+                totals[j] += once * (a * g).sum(1).square().sum().item()
         totals = distributed.sum_numbers(totals)
         # S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2
         return {name: total / 2 / count for name, total in zip(layers, totals, strict=True)}

@@ -73,9 +73,7 @@ def set_up(args):
             adapter=allocator.adapter if allocator else METHODS["adapter"][args.adapter],
         )
     lora.mark_trainable(model)
-    if args.shard == "yes":
-        notes += large.shard(model, device, args.resume)
-    model.to(device)
+    notes += large.place(model, device, args.shard == "yes", args.resume)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"

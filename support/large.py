@@ -109,29 +109,37 @@ def placed(layer, model):
 # ------------------------------------------------------------------------------------- sharded base
 
 
-def shard(model, device, resumed=False):
-    """Spread every block's frozen weights over the processes; the last thing before training.
-
-    Each process keeps 1 / world of the rows of every weight, on the device. Before a block computes
-    all its weights are gathered, and after it freed again, forward and backward.
+def place(model, device, sharded, resumed=False):
+    """Put a model on the device where it computes: whole, or its part of a base that is sharded.
 
     Args:
-        model: model.Transformer, adapters in it.
-        device: torch.device, where it computes.
+        model: model.Transformer, adapters in it. device: torch.device.
+        sharded: bool, --shard yes.
         resumed: bool; a run goes on with any number of processes, one of them included.
 
     Returns:
         list of lines about it; with one process nothing is sharded.
 
     Raises:
-        ValueError: one process alone, and no run that goes on.
+        ValueError: to be sharded in one process alone, and no run that goes on.
     """
-    if distributed.world() == 1 and not resumed:
+    alone = sharded and distributed.world() == 1
+    if alone and not resumed:
         raise ValueError(
             "--shard yes has one process to spread the base over: start two or more with torchrun"
         )
-    if distributed.world() == 1:
-        return ["--shard yes does nothing in one process: the base is whole"]
+    if sharded and not alone:
+        shard(model, device)
+    model.to(device)
+    return ["--shard yes does nothing in one process: the base is whole"] * alone
+
+
+def shard(model, device):
+    """Spread every block's frozen weights over the processes; the last change to a model.
+
+    Each process keeps 1 / world of the rows of every weight, on the device. Before a block computes
+    its weights are gathered, and afterwards all but the own rows are freed, forward and backward.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
@@ -140,7 +148,6 @@ def shard(model, device, resumed=False):
     for block in model.layers:
         whole = {p for name, p in block.named_parameters() if stays_wide(name)}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    return []
 
 
 def is_sharded(model):

@@ -6,6 +6,8 @@
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
+    base       a base in bfloat16 beside one in float32: time and memory of a training step
+    shard      a base that is spread over two processes beside a whole one: memory of a process
 
 How times are taken is in timing.py, how memory is measured in peak.py. The peers
 (tests/peers/requirements.txt) are needed for train, memory and scale.
@@ -17,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, score, training
+from tools.bench import delta, large, score, training
 
 
 def at_least_three(text):
@@ -38,6 +40,7 @@ OPTIONS = {  # name -> (kind, default, help)
     "rounds": (at_least_three, 5, "counted rounds (default: 5)"),
     "task": (str, "mrpc", "as of train.py (default: mrpc)"),
     "data_dir": (str, None, "as of train.py"),
+    "model": (str, "smollm2-q4", "as of train.py (default: smollm2-q4)"),
     "seeds": (seeds, [0, 1, 2], "of the runs (default: 0,1,2)"),
 }
 BENCHMARKS = {  # name -> (function, the options that it takes)
@@ -47,6 +50,8 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
+    "base": (large.base, ("rounds", "model")),
+    "shard": (large.shard, ("rounds", "model")),
 }
 
 
