@@ -11,7 +11,8 @@ Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: mixed precision, compile, search hyper-parameters.
+What this file does not do: compile, search hyper-parameters, load or shard a model (model.py,
+support/large.py).
 """
 
 import contextlib
