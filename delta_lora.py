@@ -37,7 +37,6 @@ that two layers share.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lora import adapters
@@ -262,8 +261,8 @@ class DeltaLoRA:
 
         def add(_module, inputs, output):
             for A, B, c in self.terms(name):
-                thin = F.linear(inputs[0], A)  # (b, t, r)
-                output = output + F.linear(thin, c * B)  # (b, t, out)
+                thin = large.exact_linear(inputs[0], A)  # (b, t, r)
+                output = output + large.exact_linear(thin, c * B)  # (b, t, out)
             return output
 
         return add

@@ -19,6 +19,7 @@ import functools
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from support import distributed
@@ -90,6 +91,12 @@ def in_base_dtype(method):
         return result.to(wide(result)[1])
 
     return call
+
+
+def exact_linear(x, weight):
+    """F.linear in the dtype of its weight, also inside a product in 16 bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(weight.dtype), weight)
 
 
 def wide(tensor):

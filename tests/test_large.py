@@ -7,6 +7,7 @@ carried on, in norm, as it is: 42 u.
 """
 
 import json
+import types
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from relatives import METHODS
 from support import checkpoint, distributed, evaluation, flags, large, run_folder
 from test_causal import llama_folder
 from test_distributed import in_processes, stopped_at, two_epochs
+from tools import generate as program
 
 # One after the other: two that look for a free port at once may find the same.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -240,12 +242,34 @@ def test_delta_lora_on_bf16_is_lazy_and_exports_what_it_computes():
     assert far([plain(**batch).logits.detach()], [logits]) < TOLERANCE
 
 
+def test_a_small_change_survives_the_lazy_form():
+    """B'A' - BA is 1e-3 of BA, less than a bit of bfloat16: exact to float32 beside the base."""
+    model = adapted("bert")
+    layer = model.layers[0].fc1
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+    def changed():
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer.base(x).double()
+
+    before = changed()
+    delta = DeltaLoRA(model, ratio=2.0, start=-1, lazy=True)
+    A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+    delta.before_step()
+    with torch.no_grad():
+        layer.lora_A *= 1.001
+    delta.after_step()
+    # lambda s (B A' - B A) x, A' as float32 has it
+    expected = 2 * 5 / 3 * x.double() @ (B @ (layer.lora_A.detach().double() - A)).T
+    assert far([changed() - before], [expected]) < 1e-3
+
+
 # ------------------------------------------------------------------------------------ runs on bf16
 
 
 @pytest.fixture
 def argv(tmp_path):
-    """21 examples in batches of 5: shares of 3 and 2, and a last batch of one, which is no share."""
+    """21 examples in batches of 5: shares of 3 and 2, and a last batch of one for two processes."""
     model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task", 21)
     text = f"--task mrpc --data-dir {task} --model {model} --r 2 --batch-size 5 --lr 0.01"
     return [*text.split(), "--epochs", "2", "--warmup", "0", "--device", "cpu"]
@@ -285,6 +309,19 @@ def test_an_adapter_comes_back_to_a_base_in_bf16(argv, tmp_path):
     model.eval()
     run.model.eval()
     assert torch.equal(model(**batch).logits, run.model(**batch).logits)
+
+
+def test_what_a_run_on_bf16_writes_comes_from_that_base(tmp_path):
+    """tools/generate.py: the model of the run, in the dtype that it was trained beside."""
+    folder = llama_folder(tmp_path / "model", tiny.model("llama", head="lm"))
+    flags_of_run = {"model": str(folder), "base_dtype": "bf16"}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags_of_run}))
+    lora.save_adapter(adapted("llama", head="lm"), tmp_path)
+    args = types.SimpleNamespace(run=str(tmp_path), no_adapter=False, model=None)
+    model = program.load(args)[0]
+    assert model.config.base_dtype == "bf16"
+    assert model.layers[0].fc1.base.weight.dtype == torch.bfloat16
+    assert model.layers[0].fc1.lora_A.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------- sharded base
@@ -344,7 +381,7 @@ def test_two_processes_with_half_a_base_each_equal_one(argv, tmp_path, family, m
 def language_steps(family):
     """Of a language model: every score that is offered, two decisions and four steps, and text."""
     model = sharded(tiny.adapted(family, shortcuts=lora.SHORTCUTS["all"], head="lm"))
-    batches = [tiny.batch(model.config, s, t) for s, t in enumerate([(9, 4, 6), (5, 8), (7,)])]
+    batches = [tiny.batch(model.config, s, t) for s, t in enumerate([(9, 4, 6, 3), (5, 8), (7,)])]
     found = {name: proxies.score(name, model, batches) for name in ("grad_norm", "snip", "fisher")}
     optimizer = torch.optim.AdamW(lora.trainable(model).values(), lr=0.01)
     losses = []
@@ -371,7 +408,7 @@ def language_steps(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_sharded_language_model_is_the_whole_one(tmp_path, family):
-    """Batches of 3, 2 and 1 examples: the last one is one process's, and the other keeps step."""
+    """Batches of 4, 2 and 1 examples: the last one is one process's, and the other keeps step."""
     one = language_steps(family)
     first, second = in_processes(lambda: language_steps(family), 2, tmp_path)
     for key in one:
