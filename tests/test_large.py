@@ -464,6 +464,7 @@ def test_shares_that_differ_in_length_keep_step(argv, tmp_path, monkeypatch):
 
     def predictions():
         run = train.set_up(flags.parse_flags([*argv, "--preset", "lora", *more]))
+        assert large.is_sharded(run.model) == (distributed.world() > 1)
         tiny.randomise(lora.trainable(run.model).values(), 3)
         with torch.no_grad():  # both classes are predicted
             logits = run.model(**evaluation.batch_of(run.model, run.dev)).logits
