@@ -330,6 +330,7 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------------------- transformer
 
 
+@large.in_base_dtype("embed", "encode", "predict")
 class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
@@ -343,8 +344,9 @@ class Transformer(nn.Module):
         self.config = c
         self.word_embeddings = nn.Embedding(c.vocab_size, c.embed_dim)
         if c.rope_theta is None:
-            rows = c.max_positions + c.position_offset
-            self.position_embeddings = nn.Embedding(rows, c.hidden_size)
+            self.position_embeddings = nn.Embedding(
+                c.max_positions + c.position_offset, c.hidden_size
+            )
         if c.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
         if c.embed_norm:
@@ -408,7 +410,6 @@ class Transformer(nn.Module):
         """New tokens after each prompt, (b, n): see support/generation.py for all arguments."""
         return generation.generate(self, input_ids, max_new_tokens, **how)
 
-    @large.in_base_dtype
     def embed(self, input_ids, token_type_ids=None, inputs_embeds=None, positions=None):
         """(b, t) -> (b, t, d), the input of the first block; positions as in `encode`."""
         c = self.config
@@ -433,7 +434,6 @@ class Transformer(nn.Module):
         x = self.embed_norm(x) if c.embed_norm else x
         return F.dropout(x, c.dropout, self.training) if c.embed_dropout else x
 
-    @large.in_base_dtype
     def encode(self, x, mask, read=None, positions=None, caches=None):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
 
@@ -467,7 +467,6 @@ class Transformer(nn.Module):
             x = self.final_norm(x)
         return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x
 
-    @large.in_base_dtype
     def predict(self, h):
         """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
         if self.config.head == "lm":

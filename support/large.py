@@ -78,8 +78,19 @@ def widened(_norm, inputs):
     return (inputs[0].to(wide(inputs[0])[1]),)
 
 
-def in_base_dtype(method):
-    """A method of model.Transformer: its products in the base's dtype, its result in float32."""
+def in_base_dtype(*names):
+    """Decorates model.Transformer: its methods of these names take products in the base's dtype."""
+
+    def decorated(model_class):
+        for name in names:
+            setattr(model_class, name, autocast(getattr(model_class, name)))
+        return model_class
+
+    return decorated
+
+
+def autocast(method):
+    """The same method, whose matrix products are in the base's dtype and its result in float32."""
 
     @functools.wraps(method)
     def call(model, *args, **options):

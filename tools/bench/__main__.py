@@ -40,7 +40,6 @@ OPTIONS = {  # name -> (kind, default, help)
     "rounds": (at_least_three, 5, "counted rounds (default: 5)"),
     "task": (str, "mrpc", "as of train.py (default: mrpc)"),
     "data_dir": (str, None, "as of train.py"),
-    "model": (str, "smollm2-q4", "as of train.py (default: smollm2-q4)"),
     "seeds": (seeds, [0, 1, 2], "of the runs (default: 0,1,2)"),
 }
 BENCHMARKS = {  # name -> (function, the options that it takes)
@@ -50,8 +49,8 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
-    "base": (large.base, ("rounds", "model")),
-    "shard": (large.shard, ("rounds", "model")),
+    "base": (large.base, ("rounds",)),
+    "shard": (large.shard, ("rounds",)),
 }
 
 

@@ -1,8 +1,8 @@
 """A base in 16 bits, and one that is spread over processes: bench base, bench shard.
 
-A language model is trained on random tokens, BATCH rows of TOKENS, r 8 on query and value; a model
-that is none, on random labels. Memory is the peak of a process above what it was before it loaded
-the model: weights, activations, gradients, moments. Each is measured in a process of its own.
+MODEL is trained on random tokens, BATCH rows of TOKENS, r 8 on query and value. Memory is the peak
+of a process above what it was before it loaded the model: weights, activations, gradients, moments.
+Each is measured in a process of its own.
 
 What this file does not do: measure a GPU, or what a run scores (tests/test_large.py: it computes
 the same up to rounding).
@@ -22,20 +22,19 @@ from model import load_pretrained
 from support import distributed, large
 from tools.bench import peak, pictures, timing
 
+MODEL = "smollm2-q4"
 BATCH, TOKENS, STEPS = 4, 128, 3
 WHOLE, SHARDED = "whole in each process", "sharded by block"
 
 
-def prepared(name, base_dtype):
+def prepared(base_dtype):
     """(model with adapters, batch)."""
-    kind = "classification" if name == "minilm" else "lm"
-    model, _ = load_pretrained(name, head=kind, base_dtype=base_dtype)
+    model, _ = load_pretrained(MODEL, head="lm", base_dtype=base_dtype)
     lora.inject(model, r=8)
     lora.mark_trainable(model)
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (BATCH, TOKENS), generator=rng)  # (b, t)
-    labels = ids if kind == "lm" else torch.arange(BATCH) % 2
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def stepper(model, batch):
@@ -58,11 +57,11 @@ def reset_peak():
         file.write("5")
 
 
-def measured(name, base_dtype, sharded=False):
+def measured(base_dtype, sharded=False):
     """Of this process: MiB of parameters, at the peak of loading and of a step; seconds a step."""
     before = peak.status("VmRSS")
     reset_peak()
-    model, batch = prepared(name, base_dtype)
+    model, batch = prepared(base_dtype)
     large.place(model, torch.device("cpu"), sharded)
     loading = peak.status("VmHWM") - before
     step, seconds = stepper(model, batch), []
@@ -76,14 +75,14 @@ def measured(name, base_dtype, sharded=False):
     return held, loading, highest, statistics.median(seconds)
 
 
-def step_peak(name, base_dtype):
+def step_peak(base_dtype):
     """MiB at the peak of a step, model included, for peak.in_fresh_process."""
-    return measured(name, base_dtype)[2]
+    return measured(base_dtype)[2]
 
 
-def base(rounds, model, picture):
+def base(rounds, picture):
     """Lines of the table; the picture goes to the path `picture`."""
-    found = {dtype: prepared(model, dtype) for dtype in large.DTYPES}
+    found = {dtype: prepared(dtype) for dtype in large.DTYPES}
     arms = {dtype: [stepper(*pair)] * STEPS for dtype, pair in found.items()}
     seconds = timing.interleaved(arms, rounds)
     lines = ["| base | tokens/s | speed | MiB of weights | MiB at the peak of a step |"]
@@ -91,21 +90,22 @@ def base(rounds, model, picture):
     shown = {dtype: timing.ratio(seconds["fp32"], seconds[dtype]) for dtype in arms}
     for dtype, (whole, _) in found.items():
         rate = BATCH * TOKENS * STEPS / statistics.median(seconds[dtype])
-        given = {"name": model, "base_dtype": dtype}
-        highest = statistics.median(peak.in_fresh_process(step_peak, **given) for _ in range(3))
+        peaks = [peak.in_fresh_process(step_peak, base_dtype=dtype) for _ in range(3)]
         held = large.bytes_of_parameters(whole)[0] / 2**20
         speed = timing.show(shown[dtype])
-        lines.append(f"| {dtype} | {rate:.0f} | {speed} | {held:.0f} | {highest:.0f} |")
-    lines += ["", f"{model}, {BATCH} rows of {TOKENS} tokens, {STEPS} steps a round, r 8 on q, v"]
+        lines.append(
+            f"| {dtype} | {rate:.0f} | {speed} | {held:.0f} | {statistics.median(peaks):.0f} |"
+        )
+    lines += ["", f"{MODEL}, {BATCH} rows of {TOKENS} tokens, {STEPS} steps a round, r 8 on q, v"]
     lines.append(timing.conditions(rounds))
     pictures.bars(picture, shown, "speed, float32 = 1", 1.0)
     return lines
 
 
-def of_two_processes(name, sharded):
+def of_two_processes(sharded):
     """[measured() in process 0, in process 1] under torchrun."""
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    call = ("-m", "tools.bench.large", name, "yes" if sharded else "no")
+    call = ("-m", "tools.bench.large", "yes" if sharded else "no")
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, *call],
         env={**os.environ, "PYTHONPATH": str(peak.ROOT)},
@@ -117,7 +117,7 @@ def of_two_processes(name, sharded):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def shard(rounds, model, picture):
+def shard(rounds, picture):
     """Lines of the table; the picture goes to the path `picture`."""
     lines = [
         "| base | MiB of weights | at the peak of loading | at the peak of a step | s a step |"
@@ -125,22 +125,22 @@ def shard(rounds, model, picture):
     lines.append("|---|---|---|---|---|")
     shown = {}
     for kind in (WHOLE, SHARDED):
-        found = [r for _ in range(rounds) for r in of_two_processes(model, kind == SHARDED)]
+        found = [r for _ in range(rounds) for r in of_two_processes(kind == SHARDED)]
         *columns, seconds = map(timing.spread, zip(*found, strict=True))
         shown[kind] = columns[-1]
         cells = (timing.show(three, 0) for three in columns)
         lines.append(f"| {kind} | {' | '.join(cells)} | {timing.show(seconds)} |")
-    lines += ["", f"a process of two on gloo; {model}, {BATCH} rows of {TOKENS} tokens each"]
+    lines += ["", f"a process of two on gloo; {MODEL}, {BATCH} rows of {TOKENS} tokens each"]
     lines.append(timing.conditions(rounds))
     pictures.bars(picture, shown, "MiB of a process at the peak of a step")
     return lines
 
 
-def main(name, sharded):
+def main(sharded):
     """One of the processes; the first prints what all have measured."""
     torch.set_num_threads(1)
     distributed.start()
-    found = distributed.gather(measured(name, "fp32", sharded == "yes"))
+    found = distributed.gather(measured("fp32", sharded == "yes"))
     if distributed.rank() == 0:
         print(json.dumps(found), flush=True)
     distributed.stop()
