@@ -85,12 +85,7 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight
-        large.refuse_part(name, weight, "give lazy=True to Delta-LoRA")
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} has a weight in {weight.dtype}: most increments would be rounded away, "
-                "hold it in float32"
-            )
+        large.refuse_to_move(name, weight)
         if weight.requires_grad:
             raise ValueError(f"{name} has a trainable weight: freeze it (lora.mark_trainable)")
         if len(owners[id(weight)]) > 1:

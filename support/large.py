@@ -197,6 +197,16 @@ def refuse_part(name, weight, instead):
         raise ValueError(f"{name} has a weight that is sharded over the processes: {instead}")
 
 
+def refuse_to_move(name, weight):
+    """Raises ValueError where Delta-LoRA cannot move a module's weight, but would if it is lazy."""
+    refuse_part(name, weight, "give lazy=True to Delta-LoRA")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} has a weight in {weight.dtype}: most increments would be rounded away, hold "
+            "it in float32, or give lazy=True to Delta-LoRA"
+        )
+
+
 def refuse_merge(name, weight, factor):
     """Raises ValueError where B A cannot be added to a weight without loss.
 

@@ -409,7 +409,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "totals[j] += once * ", "totals[j] += ", "fisher: an example that keeps step counts", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
     ("proxies.py", "(once * loss_terms(model, batch) / total)\n        gradients", "(loss_terms(model, batch) / total)\n        gradients", "a batch that keeps step is scored twice", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
     ("model.py", 'in_base_dtype("embed", "encode"', 'in_base_dtype("encode"', "the residual stream in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
-    ("delta_lora.py", '        large.refuse_part(name, weight, "give lazy=True to Delta-LoRA")\n', "", "a part of a weight moves", f"{LARGE}::test_what_a_sharded_base_cannot_do_is_refused"),
+    ("delta_lora.py", "        large.refuse_to_move(name, weight)\n", "", "a part of a weight moves", f"{LARGE}::test_what_a_sharded_base_cannot_do_is_refused"),
     ("relatives/dora.py", "base.weight.detach().to(*large.wide(base.weight)).norm", "base.weight.detach().norm", "DoRA's magnitude is rounded to bfloat16", f"{LARGE}::test_relatives_on_a_base_in_bf16"),
     ("relatives/dora.py", "v.norm(dim=1, dtype=self.lora_magnitude.dtype)", "v.norm(dim=1)", "DoRA's norms are rounded to bfloat16", f"{LARGE}::test_relatives_on_a_base_in_bf16"),
     ("support/settings.py", 'moves and a.base_dtype == "bf16",', "False,", "weights in bfloat16 move", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
