@@ -173,60 +173,41 @@ def within_budget(scores, costs, budget, generator=None):
 def knapsack(values, weights, budget):
     """Indices of a subset with the largest sum of values among those of weight <= budget.
 
-    Dynamic programming over undominated states (weight, value), Nemhauser & Ullmann 1969: a state
-    that is no lighter and no better than another is dropped; so is one that cannot reach what
-    another reaches already, when both are filled up with the rest. Items of one weight are decided
-    together, since the k best of them are the best k: a transformer has modules of two or three
-    sizes, so there are two or three rounds, whatever the number of modules. Exact up to the
-    rounding of the sums.
+    Dynamic programming over undominated states (weight, value), Nemhauser & Ullmann 1969. The items
+    come by value per weight, best first, and each makes two states of one: without it, and with it.
+    Dropped is what is heavier than the budget; what is no lighter and no better than another state;
+    and what cannot reach the value that another state reaches already, when both are filled up with
+    the items to come. Exact up to the rounding of the sums.
 
     Args:
         values: (n,) float64 > 0. weights: (n,) int64 > 0, each <= budget.
     """
     order = np.argsort(-values / weights, kind="stable")
-    sizes = list(dict.fromkeys(weights[order].tolist()))  # the size with the best item first
-    items = [order[weights[order] == size] for size in sizes]  # of one size, best first
-    state_w, state_v = np.zeros(1, np.int64), np.zeros(1)
-    history = []  # for each size: parent state, and how many items were taken
-    slack = 1e-12 * values.sum()
-    for i, size in enumerate(sizes):
-        n = len(items[i])
-        sums = np.concatenate([[0.0], values[items[i]].cumsum()])  # (n + 1,) of the k best
-        new_w = np.add.outer(state_w, size * np.arange(n + 1)).ravel()  # (states * (n + 1),)
-        new_v = np.add.outer(state_v, sums).ravel()
+    v, w = values[order], weights[order]
+    sum_v, sum_w = np.append(0.0, v.cumsum()), np.append(0, w.cumsum())  # (n + 1,), of the first k
+    per_weight, slack = np.append(v / w, 0.0), 1e-12 * v.sum()
+    state_w, state_v, history = np.zeros(1, np.int64), np.zeros(1), []
+    for i in range(len(v)):
+        new_w = np.concatenate([state_w, state_w + w[i]])  # (2 states,)
+        new_v = np.concatenate([state_v, state_v + v[i]])
         index = np.flatnonzero(new_w <= budget)
-        rest = order[np.isin(weights[order], sizes[i + 1 :])]
-        upper, lower = fill_up(values[rest], weights[rest], budget - new_w[index], new_v[index])
+        # Items i + 1 … stop - 1 still fit, whole (lower), and of the next one a part (upper).
+        reach = sum_w[i + 1] + budget - new_w[index]
+        stop = np.searchsorted(sum_w, reach, side="right") - 1
+        lower = new_v[index] + sum_v[stop] - sum_v[i + 1]
+        upper = lower + (reach - sum_w[stop]) * per_weight[stop]
         index = index[upper >= lower.max() - slack]
         index = index[np.lexsort((-new_v[index], new_w[index]))]  # by weight, then best first
         best_before = np.maximum.accumulate(np.append(-1.0, new_v[index]))[:-1]
         index = index[new_v[index] > best_before]
+        history.append(np.divmod(index, len(state_w)))  # (whether with item i, state before)
         state_w, state_v = new_w[index], new_v[index]
-        history.append(np.divmod(index, n + 1))
     chosen, state = [], int(np.argmax(state_v))
-    for i in reversed(range(len(sizes))):
-        parents, counts = history[i]
-        chosen += items[i][: counts[state]].tolist()
-        state = int(parents[state])
+    for item, (taken, before) in zip(order[::-1], history[::-1], strict=True):
+        if taken[state]:
+            chosen.append(int(item))
+        state = int(before[state])
     return chosen
-
-
-def fill_up(values, weights, room, start):
-    """What states can still reach with items that come by value per weight, best first.
-
-    Args:
-        values, weights: (n,), of the items that are left. room, start: (states,), the weight that
-            is free and the value so far.
-
-    Returns:
-        (upper, lower), (states,) each: with the first item that does not fit taken in part, and
-        without it.
-    """
-    sum_v, sum_w = np.concatenate([[0.0], values.cumsum()]), np.concatenate([[0], weights.cumsum()])
-    stop = np.searchsorted(sum_w, room, side="right") - 1  # items 0 … stop - 1 fit whole
-    lower = start + sum_v[stop]
-    per_weight = np.append(values / weights, 0.0)
-    return lower + (room - sum_w[stop]) * per_weight[stop], lower
 
 
 # ------------------------------------------------------------------------------- when, and what was

@@ -15,11 +15,11 @@ A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
     lora_B      | B         | (out, r)   zero: the adapted model starts as the pretrained one
     scaling     | alpha / r | number
     delta_w()   | ΔW        | (out, in)  scaling * B A
-    ranks_off   | k         | the rank-one parts B_k A_k that are off, list of indices; mostly []
     when_off    |           | "out": what is off leaves the forward pass; "frozen": it stays in it
+    ranks_off   | k         | of single ranks (support/switches.py): those that are off; else []
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
-embeddings, LayerNorm or biases.
+embeddings, LayerNorm or biases. What is given to it is checked in support/doors.py.
 """
 
 import torch
@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from support import adapter_file, large, seeds, switches
-from support.doors import refuse_numbers
+from support.doors import refuse_adapted, refuse_foreign, refuse_merge, refuse_places
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "gate_proj")
 RESIDUALS = ("residual_1", "residual_2")
 CROSS = ("shortcut_sa", "shortcut_ffn")
 SHORTCUTS = {"none": (), "residual": RESIDUALS, "cross": CROSS, "all": RESIDUALS + CROSS}
+PLACES = LINEARS + RESIDUALS + CROSS
 
 
 class Zero(nn.Module):
@@ -84,8 +85,9 @@ class LoRALayer(nn.Module):
         self.weight_before_merge = None
         self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
-        self.ranks_off = []
         self.when_off = "out"
+        self.ranks_off = []
+        switches.join_state_dict(self)
 
     @property
     def merged(self):
@@ -120,13 +122,7 @@ class LoRALayer(nn.Module):
         A, B = self.lora_A, self.lora_B
         if not self.enabled:
             return A.detach(), B.detach()
-        if not self.ranks_off:
-            return A, B
-        off, on = self.ranks_off, [k for k in range(self.r) if k not in self.ranks_off]
-        if self.when_off == "out":
-            return A[on], B[:, on]  # (ranks on, in), (out, ranks on)
-        # B A = sum over k on of B_k A_k  +  sum over k off of B_k A_k, the second held constant
-        return torch.cat([A[on], A.detach()[off]]), torch.cat([B[:, on], B.detach()[:, off]], 1)
+        return switches.by_rank(A, B, self.ranks_off, self.when_off) if self.ranks_off else (A, B)
 
     def forward(self, x):
         """(…, in) -> (…, out)."""
@@ -169,38 +165,6 @@ class LoRALayer(nn.Module):
         A, B = self.branch()
         return A.detach(), self.scaling * B.detach()
 
-    def keep_ranks(self, kept):
-        """Shrink to some of the rank-one parts; scaling stays: what is kept computes what it did.
-
-        A and B become new, smaller parameters: build the optimizer afterwards.
-
-        Args:
-            kept: list of indices into 0 … r - 1, not empty.
-        """
-        if not kept:
-            raise ValueError("kept is empty: to drop every rank, set enabled = False")
-        self.lora_A = nn.Parameter(self.lora_A.detach()[kept].clone())  # (r, in)
-        self.lora_B = nn.Parameter(self.lora_B.detach()[:, kept].clone())  # (out, r)
-        self.r = len(kept)
-        self.ranks_off = []
-        self.lora_alpha = self.scaling * self.r
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state_dict carries beside A and B what is on (support/switches.py)."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + key: value for key, value in switches.of(self).items()}
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        """Switch as the saved module was. ValueError: it would not compute what that one did."""
-        found = {key: state_dict.pop(prefix + key, None) for key in switches.of(self)}
-        lacking = [prefix + key for key, value in found.items() if value is None]
-        if not lacking:
-            switches.refuse_other(self, prefix[:-1], found)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        missing += lacking
-        if not lacking:
-            switches.put(self, found)
-
     def extra_repr(self):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
 
@@ -227,8 +191,7 @@ def inject(
     Args:
         model: model.Transformer.
         targets: places out of LINEARS; gate_proj is skipped where the feed-forward has no gate.
-        r, lora_alpha, lora_dropout: as in LoRALayer, for targets; r and lora_dropout for shortcuts
-            too.
+        r, lora_dropout: as in LoRALayer. lora_alpha: likewise, of the targets.
         shortcuts: places out of RESIDUALS + CROSS. Block 0 has no shortcut_ffn, since nothing
             comes before it.
         shortcut_alpha: float, lora_alpha of the shortcuts.
@@ -243,36 +206,31 @@ def inject(
         ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
             that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
-    refuse_numbers(model)
+    refuse_adapted(model, adapters(model))
+    refuse_places(model.config, (targets, LINEARS), (shortcuts, RESIDUALS + CROSS))
     if when_off not in ("out", "frozen"):
         raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
-    for given, allowed in ((targets, LINEARS), (shortcuts, RESIDUALS + CROSS)):
-        for place in given:
-            if place not in allowed:
-                raise ValueError(f"unknown target {place!r}, allowed: {', '.join(allowed)}")
-    if not targets and not shortcuts:
-        raise ValueError(f"nothing to adapt: name at least one target out of {', '.join(LINEARS)}")
-    if adapters(model):
-        raise ValueError("the model has LoRA modules already: inject into a freshly loaded model")
-    if not model.config.gated:
-        targets = [place for place in targets if place != "gate_proj"]
-        if not targets and not shortcuts:
-            raise ValueError(f"a {model.config.family} model has no gate_proj: name another target")
     new = {}
-    for i in range(len(model.layers)):
-        for place in LINEARS + RESIDUALS + CROSS:
-            if place not in (*targets, *shortcuts) or (place == "shortcut_ffn" and i == 0):
-                continue
-            name = f"layers.{i}.{place}"
-            linear = place in LINEARS
-            kind, alpha = (adapter, lora_alpha) if linear else (LoRALayer, shortcut_alpha)
-            rng = seeds.generator(seed, f"lora_A/{name}")
-            new[name] = kind(*base_of(model, name), r, alpha, lora_dropout, rng)
-    adapter.connect({n: a for n, a in new.items() if n.rpartition(".")[2] in LINEARS}, seed)
+    for name in names_of(model, {*targets, *shortcuts}):
+        base, n_in, n_out = base_of(model, name)
+        linear = isinstance(base, nn.Linear)
+        kind, alpha = (adapter, lora_alpha) if linear else (LoRALayer, shortcut_alpha)
+        rng = seeds.generator(seed, f"lora_A/{name}")
+        new[name] = kind(base, n_in, n_out, r, alpha, lora_dropout, rng)
+    adapter.connect({n: a for n, a in new.items() if isinstance(a.base, nn.Linear)}, seed)
     for name, layer in new.items():  # only now: what is refused leaves the model as it was
         layer.when_off = when_off
         put(model, name, layer)
     return adapters(model)
+
+
+def names_of(model, places):
+    """Names of the modules that a model can have in a set of places, block by block."""
+    if not model.config.gated:
+        places = places - {"gate_proj"}
+    for i in range(len(model.layers)):
+        here = places if i else places - {"shortcut_ffn"}
+        yield from (f"layers.{i}.{place}" for place in PLACES if place in here)
 
 
 def base_of(model, name):
@@ -296,15 +254,10 @@ def adapters(model):
     Raises:
         ValueError: not a model.Transformer.
     """
-    blocks = getattr(model, "layers", [None])
-    if not all(hasattr(block, place) for block in blocks for place in LINEARS + RESIDUALS + CROSS):
-        raise ValueError(
-            f"the model is a {type(model).__name__}, expected a model.Transformer, as "
-            "load_pretrained gives it"
-        )
+    refuse_foreign(model, PLACES)
     found = {}
-    for i, block in enumerate(blocks):
-        for place in LINEARS + RESIDUALS + CROSS:
+    for i, block in enumerate(model.layers):
+        for place in PLACES:
             if isinstance(getattr(block, place), LoRALayer):
                 found[f"layers.{i}.{place}"] = getattr(block, place)
     return found
@@ -406,17 +359,8 @@ def merge(model):
             mode, where the branch is random (call model.eval() first).
     """
     layers = adapters(model)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the model is merged already: call unmerge(model) before merging again")
     chosen = {n: a for n, a in layers.items() if a.in_forward and isinstance(a.base, nn.Linear)}
-    for name, layer in chosen.items():
-        if layer.unmergeable:
-            raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
-        large.refuse_merge(name, layer.base.weight, layer.lora_A)
-        if layer.lora_dropout and layer.training:
-            raise ValueError(
-                f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"
-            )
+    refuse_merge(layers, chosen)
     with torch.no_grad():
         for layer in chosen.values():
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
@@ -460,25 +404,23 @@ def save_adapter(model, path, pairs=None):
         pairs: dict module -> (lora_A (R, in), lora_B (out, R)) that stands for the module's own
             pair at scale 1: what DeltaLoRA.export() gives, since there W has moved as well.
     """
-    tensors, about = trainable(model), {}
+    # instead: name -> (lora_A, lora_B, scaling), where they are not the module's own
+    tensors, about, instead = trainable(model), {}, {}
     for name, layer in adapters(model).items():
         about[name] = {"r": layer.r, "scaling": layer.scaling, "enabled": layer.in_forward}
         if layer.kind != "lora":
             about[name]["kind"] = layer.kind
-        elif type(layer) is not LoRALayer:
-            for key in layer.factors():
-                tensors.pop(f"{name}.{key}", None)
-            A, B = layer.pair()
-            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            about[name] |= {"r": len(A), "scaling": 1.0}
-            continue
-        if layer.enabled and layer.ranks_off:
-            A, B = layer.branch()
-            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            about[name]["r"] = len(A)
-    for name, (lora_A, lora_B) in (pairs or {}).items():
-        tensors |= {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B}
-        about[name] = {"r": len(lora_A), "scaling": 1.0, "enabled": len(lora_A) > 0}
+        if layer.kind == "lora" and type(layer) is not LoRALayer:
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{name}.")}
+            instead[name] = (*layer.pair(), 1.0)
+        elif layer.enabled and layer.ranks_off:
+            instead[name] = (*layer.branch(), layer.scaling)
+    for name, (A, B) in (pairs or {}).items():
+        instead[name] = (A, B, 1.0)
+        about[name]["enabled"] = len(A) > 0
+    for name, (A, B, scaling) in instead.items():
+        tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        about[name] |= {"r": len(A), "scaling": scaling}
     adapter_file.write(path, tensors, about, model.config.shortcut_norm)
 
 
@@ -498,30 +440,15 @@ def load_adapter(model, path, adapter=LoRALayer):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
-    refuse_numbers(model)
-    if adapters(model):
-        raise ValueError("the model has LoRA modules already: load into a freshly loaded model")
+    refuse_adapted(model, adapters(model))
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
+    kinds = {adapter.kind: adapter, "lora": LoRALayer}
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
-    bases, layers, kinds = {}, {}, {adapter.kind: adapter, "lora": LoRALayer}
-    for name, a in about.items():
-        if a.setdefault("kind", "lora") not in kinds:
-            raise ValueError(
-                f"{path} holds {a['kind']}, which is no LoRA: give load_adapter the class, "
-                'relatives.METHODS["adapter"]'
-            )
-        try:
-            bases[name] = base_of(model, name)
-        except AttributeError as error:
-            raise ValueError(f"{path} adapts {name}, which this model lacks") from error
-        _, n_in, n_out = bases[name]
-        # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
-        layer = kinds[a["kind"]](*bases[name], 1, a["scaling"], generator=torch.Generator())
-        layer.r, layer.lora_alpha = a["r"], a["scaling"] * a["r"]
-        shapes = {key: factor.shape for key, factor in layer.factors().items()}
-        shapes |= {"lora_A": (a["r"], n_in), "lora_B": (n_out, a["r"])}
+    adapter_file.refuse_kinds(path, about, kinds, LINEARS)
+    layers = {}
+    for name, described in about.items():
+        layers[name], shapes = described_layer(model, path, name, described, kinds)
         expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
-        layers[name] = layer
     adapter_file.refuse_misfit(path, tensors, expected)
     for name, layer in layers.items():  # only now: a refused file leaves the model as it was
         if layer.r == 0:  # Delta-LoRA, a module that never was on
@@ -529,13 +456,32 @@ def load_adapter(model, path, adapter=LoRALayer):
         for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
             setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))
         put(model, name, layer)
-    own = {n: layer for n, layer in adapters(model).items() if layer.kind != "lora"}
+    own = {name: layer for name, layer in adapters(model).items() if layer.kind != "lora"}
     if own:
         adapter.connect(own, 0)
-    head = {name: p for name, p in trainable(model).items() if "lora_" not in name}
     with torch.no_grad():
-        for name, parameter in head.items():
-            parameter.copy_(tensors[name])
-    switch(model, {name for name, a in about.items() if a["enabled"]})
+        for name, parameter in trainable(model).items():
+            if "lora_" not in name:  # of the head
+                parameter.copy_(tensors[name])
+    switch(model, {name for name, described in about.items() if described["enabled"]})
     model.requires_grad_(False)
     return adapters(model)
+
+
+def described_layer(model, path, name, described, kinds):
+    """(a module of the rank, scale and kind that a file says, {factor: the shape it will have}).
+
+    Args:
+        path: of the file, for the words. described: {"r", "scaling", "kind"} of the module.
+        kinds: dict kind -> class.
+    """
+    kind, r, scaling = described.get("kind", "lora"), described["r"], described["scaling"]
+    try:
+        base, n_in, n_out = base_of(model, name)
+    except AttributeError as error:
+        raise ValueError(f"{path} adapts {name}, which this model lacks") from error
+    # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
+    layer = kinds[kind](base, n_in, n_out, 1, scaling, generator=torch.Generator())
+    layer.r, layer.lora_alpha = r, scaling * r
+    shapes = {key: factor.shape for key, factor in layer.factors().items()}
+    return layer, shapes | {"lora_A": (r, n_in), "lora_B": (n_out, r)}

@@ -30,7 +30,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
-from relatives import METHODS, single_ranks
+from relatives import METHODS, rank_budget, rank_steps, single_ranks
 from support import distributed, flags, glue, large, report, run_folder, seeds, terminal
 from support import run as runs
 from support.errors import one_line
@@ -79,7 +79,7 @@ def set_up(args):
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
     by_rank = dynamic_ranks or (allocator and allocator.single_ranks)
-    ranks = single_ranks.RankSteps(model) if by_rank else None
+    ranks = rank_steps.RankSteps(model) if by_rank else None
     optimizer = make_optimizer(model, args, ranks)
     run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
     if args.allocate in ("static", "dynamic"):
@@ -123,7 +123,7 @@ def make_plan(model, args):
     counts = lora.count_trainable(model)
     if args.per_rank == "yes" and args.allocate == "dynamic":
         costs = {name: counts[name] // args.r for name in lora.adapters(model)}
-        single_ranks.refuse_less_than_one_each(costs, args.budget_params)
+        rank_budget.refuse_less_than_one_each(costs, args.budget_params)
     return allocate.Reallocator(
         {name: counts[name] for name in lora.adapters(model)},
         mode=args.allocate,

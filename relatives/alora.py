@@ -1,7 +1,7 @@
 """ALoRA: ranks move between modules, under a constant budget (arXiv 2403.16187, Algorithm 1).
 
     ΔW = alpha / r * B diag(a) A,      gates a of 0 or 1
-    IS(k) = S(M) - S(M without k) + S(M with k alone),      S = -loss
+    IS(k) = S(M) - S(M without k) + S(M with k alone),      S = -loss      (exchange.py)
 
 After the first epoch, and then every `interval` steps, ROUNDS times in all: of all ranks the n that
 matter least are pruned, and n new ones (A Gaussian, B zero) are given to the modules that lost
@@ -24,7 +24,7 @@ import torch
 
 import lora
 from lora import LoRALayer
-from support import distributed
+from relatives.exchange import exchange, importance
 
 ROUNDS = 8
 
@@ -41,32 +41,6 @@ class ALoRALayer(LoRALayer):
         self.ranks_off = list(range(r, places))
 
 
-def exchange(importance, places, on):
-    """The rule of one round.
-
-    Args:
-        importance: dict (module, k) -> float, of every rank that is on.
-        places: dict module -> how many ranks it can hold. on: dict module -> how many it holds.
-
-    Returns:
-        (pruned, grown): list of (module, k), and dict module -> how many new ranks; as many.
-    """
-    worst = sorted(importance, key=importance.get)[: len(places)]
-    losers = {name for name, _ in worst}
-    means = {}
-    for name in places.keys() - losers:
-        own = [value for (module, _), value in importance.items() if module == name]
-        means[name] = sum(own) / len(own) if own else 0.0
-    winners = sorted(sorted(means), key=means.get, reverse=True)
-    grown, left = dict.fromkeys(winners, 0), len(worst)
-    while left and any(on[n] + grown[n] < places[n] for n in winners):
-        for name in winners:
-            if left and on[name] + grown[name] < places[name]:
-                grown[name] += 1
-                left -= 1
-    return worst[: len(worst) - left], grown
-
-
 class ALoRA:
     """The gates, after the optimizer's step.
 
@@ -75,7 +49,7 @@ class ALoRA:
         steps, per_epoch: int, of the run and of an epoch. interval: int, steps between two rounds.
         batches: function () -> list of batches that importance is measured on.
         generator: torch.Generator, of new ranks.
-        parts: dict module -> [(row of A, column of B)], what the optimizer steps (single_ranks.py).
+        parts: dict module -> [(row of A, column of B)], what the optimizer steps (rank_steps.py).
         forget: function (parameter), drops its moments.
         rest: what other allocators take.
 
@@ -105,39 +79,12 @@ class ALoRA:
             self.round()
 
     @torch.no_grad()
-    def loss(self, batches):
-        """Mean loss in eval mode."""
-        total = sum(len(batch["labels"]) for batch in batches)
-        return sum(self.model(**b).loss.item() * len(b["labels"]) / total for b in batches)
-
-    def importance(self):
-        """dict (module, k) -> IS(k), of every rank that is on; all gates are left as they were."""
-        batches, training = list(self.batches()), self.model.training
-        gates = {name: layer.ranks_off for name, layer in self.layers.items()}
-        ranks = [(n, k) for n, a in self.layers.items() for k in range(a.r) if k not in gates[n]]
-        self.model.eval()
-        whole, found = self.loss(batches), {}
-        for name, k in ranks:
-            layer = self.layers[name]
-            layer.ranks_off = [*gates[name], k]
-            without = self.loss(batches)
-            for other in self.layers.values():
-                other.ranks_off = list(range(other.r))
-            layer.ranks_off = [j for j in range(layer.r) if j != k]
-            alone = self.loss(batches)
-            # IS(k) = S(M) - S(M without k) + S(M with k alone),  S = -loss
-            found[name, k] = -whole + without - alone
-            for n, off in gates.items():
-                self.layers[n].ranks_off = off
-        self.model.train(training)
-        return distributed.mean_scores(found)
-
-    @torch.no_grad()
     def round(self):
         """Prune and grow."""
         layers = self.layers.items()
         on = {name: layer.r - len(layer.ranks_off) for name, layer in layers}
-        pruned, grown = exchange(self.importance(), {n: a.r for n, a in layers}, on)
+        scores = importance(self.model, self.batches())
+        pruned, grown = exchange(scores, {n: a.r for n, a in layers}, on)
         for name, k in pruned:
             self.layers[name].ranks_off = sorted([*self.layers[name].ranks_off, k])
             self.layers[name].lora_B[:, k] = 0  # gone, not kept for later

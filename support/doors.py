@@ -1,12 +1,28 @@
-"""What is given to injection and scoring is checked at the door, once, before anything is changed.
+"""What is given to injection, merging and scoring is checked at the door, before any change.
 
+    refuse_foreign   of a model: it is none of ours
     refuse_numbers   of a model: weights that hold no numbers, or too small a range of them
+    refuse_adapted   of a model: it is to get adapters, and has some
+    refuse_places    of the places that are to be adapted: unknown, or none
+    refuse_merge     of modules: merged, or with a branch that no matrix equals
     refuse_batches   of a list of batches: each must have a loss, and read inside the tables
 
 What this file does not do: check files (hf_folder.py, form.py) or flags (settings.py).
 """
 
 import torch
+
+from support import large
+
+
+def refuse_foreign(model, places):
+    """Raises ValueError where a model has no blocks with these places."""
+    blocks = getattr(model, "layers", [None])
+    if not all(hasattr(block, place) for block in blocks for place in places):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, expected a model.Transformer, as "
+            "load_pretrained gives it"
+        )
 
 
 def refuse_numbers(model):
@@ -19,6 +35,49 @@ def refuse_numbers(model):
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
                 f"{name} is in {parameter.dtype}, whose range gradients leave: call model.float()"
+            )
+
+
+def refuse_adapted(model, layers):
+    """Raises ValueError where a model cannot be given adapters; layers: those that it has."""
+    refuse_numbers(model)
+    if layers:
+        raise ValueError("the model has LoRA modules already: take a freshly loaded model")
+
+
+def refuse_places(config, *given):
+    """Raises ValueError where a place is unknown, or there is nothing to adapt.
+
+    Args:
+        config: of the model. given: (places asked for, places allowed), of targets, of shortcuts.
+    """
+    for places, allowed in given:
+        for place in places:
+            if place not in allowed:
+                raise ValueError(f"unknown target {place!r}, allowed: {', '.join(allowed)}")
+    asked = {place for places, _ in given for place in places}
+    if not asked:
+        linears = ", ".join(given[0][1])
+        raise ValueError(f"nothing to adapt: name at least one target out of {linears}")
+    if asked == {"gate_proj"} and not config.gated:
+        raise ValueError(f"a {config.family} model has no gate_proj: name another target")
+
+
+def refuse_merge(layers, chosen):
+    """Raises ValueError where a model cannot be merged.
+
+    Args:
+        layers, chosen: dict name -> LoRALayer, of the model, and of what is to be merged.
+    """
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the model is merged already: call unmerge(model) before merging again")
+    for name, layer in chosen.items():
+        if layer.unmergeable:
+            raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
+        large.refuse_merge(name, layer.base.weight, layer.lora_A)
+        if layer.lora_dropout and layer.training:
+            raise ValueError(
+                f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"
             )
 
 

@@ -15,7 +15,7 @@ import torch
 import allocate
 import lora
 from delta_lora import DeltaLoRA
-from relatives import single_ranks
+from relatives import rank_steps, single_ranks
 from support import checkpoint, distributed, glue, report, run_folder
 
 
@@ -46,7 +46,7 @@ class Run:
     plan: allocate.Reallocator | None = None
     delta: DeltaLoRA | None = None
     allocator: object = None  # of ranks, a relative: METHODS["allocator"]
-    ranks: single_ranks.RankSteps | None = None  # single ranks that go on and off
+    ranks: rank_steps.RankSteps | None = None  # single ranks that go on and off
     around: list = dataclasses.field(default_factory=list)  # before_step, after_step; outer first
     folder: Path | None = None
     epoch: int = 0

@@ -20,7 +20,8 @@ import types
 import allocate
 import lora
 import proxies
-from relatives import refuse_incompatible, single_ranks
+from relatives import rank_scores
+from relatives.incompatible import refuse_incompatible
 from support import large
 
 READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
@@ -82,7 +83,7 @@ def needs(a):
 def contradictions(a):
     """(whether, message) of values that exclude each other, or undo a method."""
     modules = a.targets or a.shortcuts != "none"
-    single = a.budget_params and a.proxy in single_ranks.CHOICES
+    single = a.budget_params and a.proxy in rank_scores.CHOICES
     cross = set(lora.SHORTCUTS[a.shortcuts]) & set(lora.CROSS)
     no_branch = "0 multiplies every module by 0: they would compute nothing"
     return (
@@ -93,7 +94,7 @@ def contradictions(a):
         (
             a.per_rank == "yes" and not single,
             "--per-rank yes needs --budget-params N and a --proxy out of "
-            f"{', '.join(single_ranks.CHOICES)}",
+            f"{', '.join(rank_scores.CHOICES)}",
         ),
         (
             a.when_off == "frozen" and a.allocate != "dynamic",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import allocate
-from relatives import single_ranks
+from relatives import rank_budget
 
 
 def rng(seed=0):
@@ -178,7 +178,7 @@ def test_ranks_are_the_best_parts():
         table = torch.rand(3, 3, generator=g).tolist()
         rank_scores = dict(zip(names(3), table, strict=True))
         rank_costs = dict(zip(names(3), (5, 9, 7), strict=True))
-        kept = single_ranks.ranks_within_budget(rank_scores, rank_costs, 33)
+        kept = rank_budget.ranks_within_budget(rank_scores, rank_costs, 33)
         parts = {(n, k): s for n, row in rank_scores.items() for k, s in enumerate(row)}
         costs = {part: rank_costs[part[0]] for part in parts}
         chosen = [(n, k) for n, ks in kept.items() for k in ks]

@@ -15,7 +15,7 @@ import lora
 import proxies
 import tiny
 import train
-from relatives import single_ranks
+from relatives import rank_scores
 from support import checkpoint, distributed, flags, run_folder
 
 # One after the other: two that look for a free port at once may find the same.
@@ -133,7 +133,7 @@ def all_scores(batches):
     # what the model says, so that turning a branch down costs accuracy
     batches = [{**b, "labels": model(**b).logits.argmax(-1)} for b in batches]
     scores = {name: proxies.score(name, model, batches) for name in proxies.PROXIES}
-    ranks = single_ranks.score_ranks("grad_norm", model, batches)
+    ranks = rank_scores.score_ranks("grad_norm", model, batches)
     language = tiny.adapted("gpt2", head="lm")  # a mean over tokens, not over rows
     tokens = [tiny.batch(language.config, seed, (7, 3 + seed)) for seed in range(len(batches))]
     return {**scores, "ranks": ranks, "tokens": proxies.score("grad_norm", language, tokens)}

@@ -37,14 +37,10 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
 CODE = sorted([*ROOT.glob("*.py"), *(p for part in PARTS for p in (ROOT / part).rglob("*.py"))])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = {  # lines of code; the last six are over their guide, and not to grow
+GUIDES = {  # lines of code; the last two are over their guide, and not to grow
     "model.py": 330,
-    "lora.py": 305,
     "train.py": 300,
-    "__init__.py": 140,
-    "adalora.py": 90,
-    "alora.py": 90,
-    "single_ranks.py": 120,
+    "incompatible.py": 105,  # a table: a line for a reason
 }
 GUIDE, TOGETHER, RELATIVE, FUNCTION = 250, 1480, 60, 50
 README_LINES, COLUMNS = 150, 100

@@ -11,6 +11,7 @@ import allocate
 import lora
 import tiny
 import train
+from relatives.single_ranks import keep_ranks
 from support import checkpoint, run_folder
 from support.flags import PRESETS, parse_flags
 from test_train import whole_and_interrupted
@@ -218,12 +219,12 @@ def test_kept_ranks_compute_what_they_did():
     m = tiny.adapted("bert")
     layer = lora.adapters(m)["layers.0.fc1"]
     a, b, s = layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), layer.scaling
-    layer.keep_ranks([0, 2])
+    keep_ranks(layer, [0, 2])
     expected = s * (torch.outer(b[:, 0], a[0]) + torch.outer(b[:, 2], a[2]))
     torch.testing.assert_close(layer.delta_w().detach(), expected, rtol=0, atol=1e-14)
     assert layer.r == 2 and layer.lora_alpha / layer.r == s
     with pytest.raises(ValueError, match="kept is empty"):
-        layer.keep_ranks([])
+        keep_ranks(layer, [])
 
 
 def test_presets_are_the_released_settings():

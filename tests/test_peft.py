@@ -14,6 +14,7 @@ import torch
 import lora
 import tiny
 import train
+from relatives.single_ranks import keep_ranks
 from support import adapter_file, run_folder
 from tools.peft import __main__ as tool
 from tools.peft import commands, config, reading, writing
@@ -36,7 +37,7 @@ def folder(tmp_path):
     """A good adapter: q and fc1 of three layers, ranks 1 … 3, a classifier."""
     adapted = tiny.adapted("bert", targets=("q_proj", "fc1"), dtype=torch.float32)
     for i, layer in enumerate(lora.adapters(adapted).values()):
-        layer.keep_ranks(list(range(1 + i % 3)))
+        keep_ranks(layer, list(range(1 + i % 3)))
     head = {f"classifier.{n}": p.detach() for n, p in adapted.classifier.named_parameters()}
     config, tensors = writing.peft_files(pairs_of(adapted), head, "bert", "base")
     writing.write_peft(tmp_path / "adapter", config, tensors)

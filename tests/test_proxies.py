@@ -9,7 +9,7 @@ import torch
 import lora
 import proxies
 import tiny
-from relatives import single_ranks
+from relatives import rank_scores
 
 ALL = lora.SHORTCUTS["all"]
 GRADIENT_PROXIES = ("grad_norm", "snip", "grasp", "fisher", "grad_norm_slot", "snip_slot")
@@ -452,10 +452,10 @@ def test_modules_that_are_off_are_scored_as_if_on():
 
 def test_rank_scores_are_those_of_the_rows_and_columns():
     m, batches = problem()
-    ranks = single_ranks.score_ranks("snip", m, batches)
+    ranks = rank_scores.score_ranks("snip", m, batches)
     whole = proxies.score("snip", m, batches)
     assert {n: sum(r) for n, r in ranks.items()} == pytest.approx(whole, rel=1e-12)
-    norms = single_ranks.score_ranks("grad_norm", m, batches)
+    norms = rank_scores.score_ranks("grad_norm", m, batches)
     for name in SOME[:1]:
         layer = lora.adapters(m)[name]
         a, b = numeric(m, batches, layer.lora_A), numeric(m, batches, layer.lora_B)
@@ -463,7 +463,7 @@ def test_rank_scores_are_those_of_the_rows_and_columns():
             expected = (a[k] ** 2).sum() ** 0.5 + (b[:, k] ** 2).sum() ** 0.5
             assert norms[name][k] == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(ValueError, match="does not tell ranks apart, allowed: grad_norm, snip"):
-        single_ranks.score_ranks("constant", m, batches)
+        rank_scores.score_ranks("constant", m, batches)
 
 
 def test_refusals():

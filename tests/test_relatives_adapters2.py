@@ -17,7 +17,8 @@ import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA
-from relatives import INCOMPATIBLE, METHODS
+from relatives import METHODS
+from relatives.incompatible import INCOMPATIBLE
 from support.flags import equal_budget_control, parse_flags
 from test_train import whole_and_interrupted
 from tools.peft import writing

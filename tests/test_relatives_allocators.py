@@ -8,7 +8,8 @@ import torch
 import lora
 import tiny
 import train
-from relatives import METHODS, adalora, alora, expressive_power, single_ranks
+from relatives import METHODS, adalora, alora, expressive_power, rank_steps
+from relatives.exchange import exchange, importance
 from support import run_folder
 from support.flags import parse_flags
 from test_distributed import in_processes
@@ -98,7 +99,7 @@ def test_a_zero_in_e_takes_out_its_triplet_alone():
 
 def test_the_schedule_by_hand():
     """36 to 18 over 12 steps, t_i 2, t_f 6: 18 + 18 (1, 27/64, 1/8, 1/64, 0), rounded down."""
-    found = [adalora.budget(t, 36, 18, 2, 6, 12) for t in range(1, 13)]
+    found = [adalora.budget(t, 36, 18, 2, 6) for t in range(1, 13)]
     assert found == [36, 36, 25, 20, 18, 18, 18, 18, 18, 18, 18, 18]
 
 
@@ -253,7 +254,7 @@ def test_places_that_are_closed_compute_nothing():
 
 def ranks_alone(m, batches=(0, 1), **more):
     """An ALoRA over a model, with the parts that an optimizer would step."""
-    ranks, forgotten = single_ranks.RankSteps(m), []
+    ranks, forgotten = rank_steps.RankSteps(m), []
     rule = alora.ALoRA(
         m,
         steps=100,
@@ -282,7 +283,7 @@ def test_importance_by_deleting_ranks():
     """IS on two modules, each rank's loss from a model in which columns of B are zeroed."""
     m = of_two()
     rule, _, _ = ranks_alone(m)
-    found = rule.importance()
+    found = importance(m, rule.batches())
     names = list(lora.adapters(m))
     ranks = [(n, k) for n in names for k in (0, 1)]
 
@@ -303,20 +304,20 @@ def test_importance_by_deleting_ranks():
 
 def test_who_loses_and_who_gains():
     """n = 4 modules. The 4 worst are of a, b and e; c alone lost none, and has room for two."""
-    importance = {("a", 0): 0.1, ("a", 1): 0.2, ("b", 0): 0.3, ("b", 1): 9.0}
-    importance |= {("c", 0): 5.0, ("c", 1): 4.0, ("e", 0): 7.0, ("e", 1): 1.0}
+    scores = {("a", 0): 0.1, ("a", 1): 0.2, ("b", 0): 0.3, ("b", 1): 9.0}
+    scores |= {("c", 0): 5.0, ("c", 1): 4.0, ("e", 0): 7.0, ("e", 1): 1.0}
     on = dict.fromkeys("abce", 2)
-    assert alora.exchange(importance, dict.fromkeys("abce", 6), on) == (
+    assert exchange(scores, dict.fromkeys("abce", 6), on) == (
         [("a", 0), ("a", 1), ("b", 0), ("e", 1)],
         {"c": 4},
     )
-    pruned, grown = alora.exchange(importance, dict.fromkeys("abce", 4), on)
+    pruned, grown = exchange(scores, dict.fromkeys("abce", 4), on)
     assert pruned == [("a", 0), ("a", 1)] and grown == {"c": 2}
 
 
 def test_one_each_in_the_order_of_mean_importance():
-    importance = {("a", 0): 0.1, ("a", 1): 0.2, ("a", 2): 0.3, ("b", 0): 3.0, ("c", 0): 5.0}
-    pruned, grown = alora.exchange(importance, dict.fromkeys("abc", 4), {"a": 3, "b": 1, "c": 1})
+    scores = {("a", 0): 0.1, ("a", 1): 0.2, ("a", 2): 0.3, ("b", 0): 3.0, ("c", 0): 5.0}
+    pruned, grown = exchange(scores, dict.fromkeys("abc", 4), {"a": 3, "b": 1, "c": 1})
     assert pruned == [("a", 0), ("a", 1), ("a", 2)] and grown == {"c": 2, "b": 1}
 
 
@@ -324,9 +325,9 @@ def test_a_round_keeps_the_budget_and_the_outputs_of_what_grows():
     """New ranks have B = 0, so only what is pruned is missing; their moments are dropped."""
     m = of_two(1)
     rule, ranks, forgotten = ranks_alone(m)
-    importance = rule.importance()
+    scores = importance(m, rule.batches())
     on = {n: 2 for n in lora.adapters(m)}
-    pruned, grown = alora.exchange(importance, dict.fromkeys(on, 4), on)
+    pruned, grown = exchange(scores, dict.fromkeys(on, 4), on)
     other = of_two(1)
     for name, k in pruned:
         lora.adapters(other)[name].lora_B.data[:, k] = 0

@@ -6,7 +6,8 @@ import torch
 import lora
 import tiny
 import train
-from relatives import INCOMPATIBLE, METHODS, lora_plus, lora_pro, lora_rite, plain, riemannian
+from relatives import METHODS, lora_plus, lora_pro, lora_rite, plain, riemannian
+from relatives.incompatible import INCOMPATIBLE
 from support.flags import parse_flags
 from test_distributed import in_processes
 from test_train import whole_and_interrupted

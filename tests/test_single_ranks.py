@@ -17,7 +17,7 @@ import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA
-from relatives import single_ranks
+from relatives import rank_budget, rank_scores, rank_steps
 from support import checkpoint, run_folder
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
@@ -126,7 +126,7 @@ def test_the_best_parts_with_one_in_every_module():
         table = torch.rand(3, 3, generator=rng, dtype=torch.float64).tolist()
         table[0] = [x / 50 for x in table[0]]  # a module that would not be chosen freely
         scores = dict(zip(costs, table, strict=True))
-        kept = single_ranks.ranks_within_budget(scores, costs, budget, one_each=True)
+        kept = rank_budget.ranks_within_budget(scores, costs, budget, one_each=True)
         spent = sum(costs[n] * len(ks) for n, ks in kept.items())
         assert all(kept.values()) and spent <= budget
         best = max(
@@ -146,8 +146,8 @@ def test_less_than_one_each_is_refused():
     with pytest.raises(
         ValueError, match=r"13 parameters is less than one rank in each of 2 .*: 14"
     ):
-        single_ranks.ranks_within_budget(scores, costs, 13, one_each=True)
-    kept = single_ranks.ranks_within_budget(scores, costs, 14, one_each=True)
+        rank_budget.ranks_within_budget(scores, costs, 13, one_each=True)
+    kept = rank_budget.ranks_within_budget(scores, costs, 14, one_each=True)
     assert kept == {"layers.0.q_proj": [1], "layers.0.fc1": [1]}
 
 
@@ -159,7 +159,7 @@ def test_ties_are_drawn():
         generator = torch.Generator().manual_seed(seed)
         scores = {name: [0.0] * 4 for name in names}
         costs = dict.fromkeys(names, 24)
-        kept = single_ranks.ranks_within_budget(scores, costs, 150, generator, one_each=True)
+        kept = rank_budget.ranks_within_budget(scores, costs, 150, generator, one_each=True)
         assert sum(map(len, kept.values())) == 6
         for i, name in enumerate(names):
             times[i, kept[name]] += 1
@@ -169,9 +169,9 @@ def test_ties_are_drawn():
 def test_random_scores_are_of_single_parts():
     generator = torch.Generator().manual_seed(0)
     costs = {"layers.0.q_proj": 24, "layers.0.fc1": 32}
-    scores = single_ranks.random_ranks(costs, 3, generator)
+    scores = rank_scores.random_ranks(costs, 3, generator)
     assert sorted(itertools.chain(*scores.values())) == pytest.approx([i / 6 for i in range(1, 7)])
-    assert scores != single_ranks.random_ranks(costs, 3, generator)
+    assert scores != rank_scores.random_ranks(costs, 3, generator)
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -195,7 +195,7 @@ def test_steps_equal_adamw_by_hand_on_the_sliced_parameters(when_off):
     """Each row of A and column of B has moments and a step count, which wait while it is off."""
     m = some_ranks_off(when_off=when_off)
     layers = lora.adapters(m)
-    ranks = single_ranks.RankSteps(m)
+    ranks = rank_steps.RankSteps(m)
     optimizer = ranks.adamw(0.02, 0.4)
     vectors = {  # (module, factor, k) -> vector
         (n, key, k): (a.lora_A[k] if key == "A" else a.lora_B[:, k]).detach().clone()
@@ -238,7 +238,7 @@ def test_delta_lora_moves_by_what_trained(when_off, lazy):
     """
     m = some_ranks_off(when_off=when_off)
     layers, w0 = lora.adapters(m), {n: p.clone() for n, p in m.named_parameters()}
-    delta, ranks = DeltaLoRA(m, 0.8, 1, lazy), single_ranks.RankSteps(m)
+    delta, ranks = DeltaLoRA(m, 0.8, 1, lazy), rank_steps.RankSteps(m)
     optimizer = ranks.adamw(0.02, 0.4)
     expected = {n: 0.0 for n in delta.adapters}
     for step in range(9):
@@ -398,4 +398,4 @@ def test_static_single_ranks_by_chance(flags, tmp_path):
 
 
 def test_every_choice_is_a_proxy_or_a_baseline():
-    assert set(single_ranks.CHOICES) <= {*proxies.PROXIES, *allocate.BASELINES}
+    assert set(rank_scores.CHOICES) <= {*proxies.PROXIES, *allocate.BASELINES}

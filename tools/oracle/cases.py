@@ -292,7 +292,7 @@ def score_cases():
                         "rank_scores",
                         {"proxy": proxy, **arguments, "batches": batches},
                         f"S_k = {PROXY_TEXTS[proxy]}, of row k of A and column k of B",
-                        "relatives/single_ranks.py, score_ranks",
+                        "relatives/rank_scores.py, score_ranks",
                     )
                 )
     return cases

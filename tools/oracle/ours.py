@@ -61,7 +61,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import Config, Output, Transformer
-from relatives.single_ranks import part_scores, score_ranks
+from relatives.rank_scores import part_scores, score_ranks
 from support import hf_folder
 from tools.peft.writing import full_path
 
