@@ -25,6 +25,8 @@ from tools.bench import peak, pictures, timing
 MODEL = "smollm2-q4"
 BATCH, TOKENS, STEPS = 4, 128, 3
 WHOLE, SHARDED = "whole in each process", "sharded by block"
+# glibc keeps what is freed between two tensors that stay, as long as it is small: not above this.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
 def prepared(base_dtype):
@@ -108,7 +110,7 @@ def of_two_processes(sharded):
     call = ("-m", "tools.bench.large", "yes" if sharded else "no")
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, *call],
-        env={**os.environ, "PYTHONPATH": str(peak.ROOT)},
+        env={**os.environ, **HEAP, "PYTHONPATH": str(peak.ROOT)},
         capture_output=True,
         text=True,
     )
