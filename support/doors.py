@@ -74,7 +74,7 @@ def refuse_merge(layers, chosen):
     for name, layer in chosen.items():
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
-        large.refuse_merge(name, layer.base.weight, layer.lora_A)
+        large.refuse_merge(name, layer.base.weight, next(iter(layer.factors().values())))
         if layer.lora_dropout and layer.training:
             raise ValueError(
                 f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"
