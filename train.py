@@ -11,7 +11,8 @@ Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: mixed precision, compile, search hyper-parameters.
+What this file does not do: compile, search hyper-parameters, load or shard a model (model.py,
+support/large.py).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS, rank_budget, rank_steps, single_ranks
-from support import distributed, flags, glue, report, run_folder, seeds, terminal
+from support import distributed, flags, glue, large, report, run_folder, seeds, terminal
 from support import run as runs
 from support.errors import one_line
 from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, evaluate_test
@@ -50,6 +51,7 @@ def set_up(args):
         dropout=args.dropout,
         seed=args.seed,
         shortcut_norm=args.shortcut_norm,
+        base_dtype=args.base_dtype,
     )
     limit = model.config.max_positions
     (train, dev, test), more = glue.encode_splits(texts, tokenizer, args.max_length, limit)
@@ -72,7 +74,7 @@ def set_up(args):
             adapter=allocator.adapter if allocator else METHODS["adapter"][args.adapter],
         )
     lora.mark_trainable(model)
-    model.to(device)
+    notes += large.place(model, device, args.shard == "yes", args.resume)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
@@ -201,10 +203,10 @@ def train_step(run, group, lr):
     """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
     total = sum(map(len, group))
     loss = 0.0
-    for indices in filter(None, map(distributed.share, group)):
+    for indices, once in map(distributed.part, group):
         batch = batch_of(run.model, [run.train[i] for i in indices])
         # mean over the step = sum of batch means, each weighted by its share of the examples
-        part = run.model(**batch).loss * (len(indices) / total)
+        part = run.model(**batch).loss * (once * len(indices) / total)
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())

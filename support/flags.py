@@ -17,7 +17,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import glue, run_folder
+from support import glue, large, run_folder
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -165,6 +165,16 @@ FLAGS = {  # name: (type, default, help)
         one_of("yes", "no"),
         "no",
         "yes = leave the weights alone, add the same change in the forward pass",
+    ),
+    "base-dtype": (
+        one_of(*large.DTYPES),
+        "fp32",
+        "of the frozen weights; bf16 = bfloat16, and float32 for what trains",
+    ),
+    "shard": (
+        one_of("yes", "no"),
+        "no",
+        "yes = under torchrun, every process keeps a part of each block's frozen weights",
     ),
     "epochs": (number(int, 1), 3, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),

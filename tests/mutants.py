@@ -52,6 +52,7 @@ LANGUAGE = "test_language_model.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
+LARGE = "test_large.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
 SECONDS = (
     120  # of the processor, for the tests of one mutant; all tests may take five times as many
@@ -123,7 +124,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "labels is not None and self.training:", "labels is not None and False:", "in training logits of every token", f"{MODEL}::test_language_model_loss_is_of_the_labelled_tokens_alone"),
     ("model.py", "self.position_embeddings(positions + c.position_offset)", "self.position_embeddings(positions)", "positions without the offset", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # --------------------------------------------------------------------------------- proxies.py
-    ("proxies.py", "(loss_terms(model, batch) / total)\n        gradients", "1.0\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
+    ("proxies.py", "(once * loss_terms(model, batch) / total)\n        gradients", "once\n        gradients", "gradients summed over batches", f"{PROXIES}::test_slot_scores_are_those_of_the_dense_matrix"),
     ('proxies.py', 'sum(g.norm() for _, g in found).item()', 'sum(g.norm() ** 2 for _, g in found).sqrt().item()', "grad_norm: the norm of both", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
     ('proxies.py', 'sum(g.norm() for _, g in found).item()', 'sum(g.norm() ** 2 for _, g in found).item()', "grad_norm squared", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
     ('proxies.py', 'sum((p * g).abs().sum() for p, g in found)', 'sum((p * g).sum().abs() for p, g in found)', "snip: absolute value of the sum", f"{PROXIES}::test_grad_norm_and_snip_by_finite_differences"),
@@ -174,12 +175,12 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("delta_lora.py", "[(*end, 1), (*self.begin.pop(name), -1)]", "[(*end, 1)]", "a stretch without its beginning", f"{DELTA}::test_stretches_through_several_reallocations"),
     ("delta_lora.py", "self.begin.setdefault(name, self.old[name])", "self.begin[name] = self.old[name]", "every step begins a stretch", f"{DELTA}::test_lazy_mode_gives_the_same_losses"),
     ("delta_lora.py", "combine([(*pair, layer.scaling), *terms])", "combine([(*pair, (1 + self.ratio) * layer.scaling), *terms])", "lambda counted twice in the export", f"{DELTA}::test_stretches_through_several_reallocations"),
-    ("delta_lora.py", "F.linear(thin, c * B)", "F.linear(thin, B)", "lazy branch without lambda s", f"{DELTA}::test_lazy_mode_gives_the_same_losses"),
+    ("delta_lora.py", "exact_linear(thin, c * B)", "exact_linear(thin, B)", "lazy branch without lambda s", f"{DELTA}::test_lazy_mode_gives_the_same_losses"),
     ("delta_lora.py", "self.old[name] = tuple(p.clone() for p in self.pair(name))", "self.old[name] = tuple(p.clone() if name in self.begin else 0 * p for p in self.pair(name))", "whole product at the first step", f"{DELTA}::test_weights_move_first_after_step_k_plus_2"),
     ("delta_lora.py", "                delta_update_(layer", "                layer.base.weight.mul_(0.999)\n                delta_update_(layer", "weights decay", f"{DELTA}::test_one_step_by_hand"),
     ("delta_lora.py", "        if lazy:\n", "        for layer in self.layers.values():\n            layer.register_forward_hook(lambda m, _x, _h: m.base.weight.data.add_(1e-4 * m.delta_w().data) is None or None)\n        if lazy:\n", "update in forward", f"{DELTA}::test_weights_move_first_after_step_k_plus_2"),
     # ----------------------------------------------------------------------------------- train.py
-    ("train.py", "* (len(indices) / total)\n", "/ len(group)\n", "micro-batches weigh alike", f"{TRAIN}::test_accumulation_equals_one_large_batch"),
+    ("train.py", "* (once * len(indices) / total)\n", "* once / len(group)\n", "micro-batches weigh alike", f"{TRAIN}::test_accumulation_equals_one_large_batch"),
     ('train.py', 'lr * step / warmup', 'lr * (step + 1) / warmup', "warm-up starts above 0", f"{TRAIN}::test_learning_rates"),
     ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", f"{HETERO}::test_on_off_on_keeps_weights_and_moments"),
@@ -228,7 +229,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("proxies.py", "        totals = distributed.sum_numbers(totals)\n", "", "fisher: the examples of a share", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
     ("proxies.py", "    [hits] = distributed.sum_numbers([hits])\n", "", "alpha: hits of a share over all examples", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
     ("proxies.py", "for batch in batches)\n    sums =", "for batch in distributed.share(batches))\n    sums =", "each share is a mean of its own", f"{DISTRIBUTED}::test_every_proxy_scores_the_same_on_two_processes"),
-    ("proxies.py", "    for batch in distributed.share(batches):\n        # L =", "    for batch in batches:\n        # L =", "every process scores all batches", f"{DISTRIBUTED}::test_each_batch_is_scored_by_one_process"),
+    ("proxies.py", "    for batch, once in distributed.shares(batches):\n        # L =", "    for batch, once in ((b, 1) for b in batches):\n        # L =", "every process scores all batches", f"{DISTRIBUTED}::test_each_batch_is_scored_by_one_process"),
     # -------------------------------------------------------------- off = frozen, single ranks that move
     ("lora.py", "            return A.detach(), B.detach()\n", "            return A, B\n", "what is frozen trains on", f"{WHEN_OFF}::test_forward_and_gradients_equal_dense_matrices"),
     ("lora.py", 'return self.enabled or self.when_off == "frozen"', "return self.enabled", "frozen is out", f"{WHEN_OFF}::test_out_leaves_and_frozen_stays"),
@@ -291,7 +292,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/reslora.py", "        if not self.in_forward:\n            return None\n", "", "reslora_middle: what is off goes on to its neighbours", f"{ADAPTERS2}::test_off_means_off"),
     ("relatives/reslora.py", "        if last:\n            self.passed.clear()", "        if False:\n            self.passed.clear()", "reslora: the graph outlives the pass", f"{ADAPTERS2}::test_a_deep_copy_shares_within_itself_alone"),
     ("relatives/reslora.py", "    every_token = True\n", "", "reslora: the last block at one position", f"{ADAPTERS2}::test_logits_equal_the_definition"),
-    ("proxies.py", "once = {id(p): (a", "once = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
+    ("proxies.py", "each = {id(p): (a", "each = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
     ("lora.py", "            if id(factor) not in seen:\n", "            if True:\n", "what is shared trains once for each module", f"{ADAPTERS2}::test_counts_are_exact"),
     ("train.py", "args.budget_params, spent)", "args.budget_params)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
@@ -321,17 +322,17 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ('support/switches.py', 'layer.enabled, layer.when_off = on,', '_, layer.when_off = on,', "a state_dict forgets what is on", f"{DOORS}::test_a_state_dict_loads_to_the_same_logits"),
     ("lora.py", "        layer.locked = bool(chosen)\n", "        layer.locked = layer.merged\n", "what was off can be switched while merged", f"{DOORS}::test_no_module_of_a_merged_model_is_switched"),
     # ------------------------------------------------------- dora, asymmetry, lora_xs, sbora, prolora
-    ("relatives/dora.py", "self.scaling * (B @ A)).norm(dim=1)  # (out,)", "self.scaling * (B @ A)).norm(dim=0).new_ones(len(B))  # (out,)", "DoRA does not divide by the norm", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "norm = v.norm(dim=1, dtype=self.lora_magnitude.dtype)", "norm = v.new_ones(len(B))", "DoRA does not divide by the norm", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/dora.py", "        with torch.no_grad():\n            # ||V||", "        with torch.enable_grad():\n            # ||V||", "DoRA's norm gets a gradient", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
-    ("relatives/dora.py", "norm = (self.weight() + self.scaling * (B @ A)).norm", "norm = self.weight().norm", "the norm is of W alone", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
-    ("relatives/dora.py", "magnitude = base.weight.detach().norm(dim=1)", "magnitude = base.weight.detach().square().sum(1)", "the magnitude starts at the norm squared", f"{RELATIVES1}::test_at_the_start_the_model_is_the_pretrained_one"),
+    ("relatives/dora.py", "            v = self.weight() + self.scaling * (B @ A)  # (out, in)\n", "            v = self.weight()\n", "the norm is of W alone", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
+    ("relatives/dora.py", "(*large.wide(base.weight)).norm(dim=1)", "(*large.wide(base.weight)).square().sum(1)", "the magnitude starts at the norm squared", f"{RELATIVES1}::test_at_the_start_the_model_is_the_pretrained_one"),
     ("relatives/dora.py", "wx = h if self.base.bias is None else h - self.base.bias", "wx = h", "the bias is scaled as well", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/dora.py", "wx = F.linear(x, self.base.weight)  # (b, t, out)", "wx = h - self.base.bias", "the base term without dropout", f"{RELATIVES1}::test_dora_dropout_is_on_all_that_is_added"),
     ("relatives/dora.py", "return self.weight_before_merge if self.merged else self.base.weight", "return self.base.weight", "delta_w of the merged weight", f"{RELATIVES1}::test_merged_it_computes_the_same_and_comes_back_bit_for_bit"),
     ("relatives/asymmetry.py", "A = q.T.contiguous().to(self.lora_A)", "A = self.lora_A.detach()", "A as LoRA draws it", f"{RELATIVES1}::test_asymmetry_is_a_linear_model_in_b"),
     ("relatives/asymmetry.py", 'return {"lora_B": self.lora_B}', 'return {"lora_A": self.lora_A, "lora_B": self.lora_B}', "A trains too", f"{RELATIVES1}::test_parameters_are_counted_exactly"),
     ("relatives/lora_xs.py", "S[:r, None] * Vh[:r]", "Vh[:r]", "A without the singular values", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
-    ("relatives/lora_xs.py", "return (U * sign).to(weight), (A * sign.T).to(weight)", "return U.to(weight), A.to(weight)", "the signs of the SVD as they come", f"{RELATIVES1}::test_lora_xs_is_the_best_approximation_at_r_identity"),
+    ("relatives/lora_xs.py", "return (U * sign).to(device, dtype), (A * sign.T).to(device, dtype)", "return U.to(device, dtype), A.to(device, dtype)", "the signs of the SVD as they come", f"{RELATIVES1}::test_lora_xs_is_the_best_approximation_at_r_identity"),
     ("relatives/lora_xs.py", "self.lora_B @ R  #", "self.lora_B @ R.T  #", "R transposed", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/lora_xs.py", "DEVIATION = 1e-5", "DEVIATION = 1e-5**0.5", "1e-5 taken for a variance", f"{RELATIVES1}::test_lora_xs_start_has_the_deviation_of_the_paper"),
     ("relatives/sbora.py", "torch.randperm(n, generator=generator)[:r]", "torch.randint(n, (r,), generator=generator)", "indices that repeat", f"{RELATIVES1}::test_sbora_gather_equals_the_product_with_the_identity"),
@@ -394,6 +395,34 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/alora.py", "alpha = lora_alpha * places / r", "alpha = lora_alpha", "the scale of 2 r places", f"{ALLOCATORS}::test_places_that_are_closed_compute_nothing"),
     ("relatives/expressive_power.py", "A = torch.linalg.solve(below, Vh[piece], left=False)", "A = Vh[piece]", "the layers below are left out", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
     ("relatives/expressive_power.py", "        start += r\n", "", "every layer adds the first piece", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
+    ("support/large.py", ' or module.endswith("norm")', "", "norms in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
+    ("support/large.py", '"lora_" in name or ', "", "pairs in bfloat16", f"{LARGE}::test_adapters_begin_as_beside_a_float32_base"),
+    ("support/large.py", " or module in head", "", "a head that trains in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
+    ("support/large.py", "            norm.register_forward_pre_hook(widened)", "            pass", "heads of q and k are normalised in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
+    ("support/large.py", "return result.to(wide(result)[1])", "return result", "logits in bfloat16", f"{LARGE}::test_equals_the_float32_model_of_the_rounded_weights"),
+    ("support/large.py", "return tensor.device, torch.promote_types(tensor.dtype, torch.float32)", "return tensor.device, tensor.dtype", "A is rounded as its base is", f"{LARGE}::test_adapters_begin_as_beside_a_float32_base"),
+    ("support/large.py", "torch.float32).base.to(like)", "torch.float32)", "an adapted weight is back in float32", f"{LARGE}::test_adapters_begin_as_beside_a_float32_base"),
+    ("support/large.py", "torch.autocast(x.device.type, enabled=False)", "torch.autocast(x.device.type, torch.bfloat16)", "the lazy change is taken in bfloat16", f"{LARGE}::test_a_small_change_survives_the_lazy_form"),
+    ("support/large.py", "if weight.dtype != factor.dtype:", "if False:", "B A is merged into bfloat16", f"{LARGE}::test_merging_into_bf16_is_refused_and_into_its_numbers_in_float32_exact"),
+    ("support/large.py", 'if hasattr(weight, "to_local"):', "if False:", "a part of a weight is merged into", f"{LARGE}::test_what_a_sharded_base_cannot_do_is_refused"),
+    ("support/large.py", "if name in READ_WHOLE and is_sharded(model):", "if False:", "a sharded model is scored by what needs all of it", f"{LARGE}::test_what_a_sharded_base_cannot_do_is_refused"),
+    ("support/large.py", "reshard_after_forward=True", "reshard_after_forward=False", "blocks stay whole after the forward pass", f"{LARGE}::test_what_each_process_holds"),
+    ("support/large.py", "if stays_wide(name)}", 'if "lora_" in name}', "norms are sharded", f"{LARGE}::test_what_each_process_holds"),
+    ("support/large.py", "    if alone and not resumed:", "    if alone:", "a sharded run cannot go on alone", f"{LARGE}::test_a_sharded_run_stops_resumes_alone_and_exports"),
+    ("support/large.py", "    if sharded and not alone:\n        shard(model, device)\n", "", "nothing is sharded", f"{LARGE}::test_shares_that_differ_in_length_keep_step"),
+    ("support/distributed.py", "        yield items[0], 0", "        yield items[0], 1", "what keeps step is counted", f"{LARGE}::test_every_process_takes_part_equally_often"),
+    ("support/distributed.py", "(indices[:1], 0)", "(indices[:1], 1)", "an example that keeps step is counted", f"{LARGE}::test_every_process_takes_part_equally_often"),
+    ("support/distributed.py", "else [*mine, items[0]]", "else mine", "a process has one prediction less to make", f"{LARGE}::test_every_process_takes_part_equally_often"),
+    ("train.py", "(once * len(indices) / total)", "(len(indices) / total)", "a batch of one is trained on twice", f"{LARGE}::test_two_processes_with_half_a_base_each_equal_one"),
+    ("proxies.py", "torch.zeros_like(p, dtype=large.wide(p)[1])", "torch.zeros_like(p)", "gradients of bfloat16 weights are summed in bfloat16", f"{LARGE}::test_scores_on_a_base_in_bf16"),
+    ("proxies.py", "totals[j] += once * ", "totals[j] += ", "fisher: an example that keeps step counts", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
+    ("proxies.py", "(once * loss_terms(model, batch) / total)\n        gradients", "(loss_terms(model, batch) / total)\n        gradients", "a batch that keeps step is scored twice", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
+    ("model.py", 'in_base_dtype("embed", "encode"', 'in_base_dtype("encode"', "the residual stream in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
+    ("delta_lora.py", "        large.refuse_to_move(name, weight)\n", "", "a part of a weight moves", f"{LARGE}::test_what_a_sharded_base_cannot_do_is_refused"),
+    ("relatives/dora.py", "base.weight.detach().to(*large.wide(base.weight)).norm", "base.weight.detach().norm", "DoRA's magnitude is rounded to bfloat16", f"{LARGE}::test_relatives_on_a_base_in_bf16"),
+    ("relatives/dora.py", "v.norm(dim=1, dtype=self.lora_magnitude.dtype)", "v.norm(dim=1)", "DoRA's norms are rounded to bfloat16", f"{LARGE}::test_relatives_on_a_base_in_bf16"),
+    ("support/settings.py", 'moves and a.base_dtype == "bf16",', "False,", "weights in bfloat16 move", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ("support/settings.py", 'moves and a.shard == "yes",', "False,", "sharded weights move", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
 ]
 # fmt: on
 

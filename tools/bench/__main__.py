@@ -8,6 +8,8 @@
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
+    base       a base in bfloat16 beside one in float32: time and memory of a training step
+    shard      a base that is spread over two processes beside a whole one: memory of a process
 
 How times are taken is in timing.py, how memory is measured in peak.py. The peers
 (tests/peers/requirements.txt) are needed for train, memory, scale and generate.
@@ -19,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, language, score, training
+from tools.bench import delta, language, large, score, training
 
 
 def at_least_three(text):
@@ -58,6 +60,8 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
+    "base": (large.base, ("rounds",)),
+    "shard": (large.shard, ("rounds",)),
 }
 OF_LANGUAGE = {"train": language.train, "memory": language.memory}  # with --model smollm2-q4
 
