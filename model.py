@@ -361,9 +361,8 @@ class Transformer(nn.Module):
         self.config = c
         self.word_embeddings = nn.Embedding(c.vocab_size, c.embed_dim)
         if c.rope_theta is None:
-            self.position_embeddings = nn.Embedding(
-                c.max_positions + c.position_offset, c.hidden_size
-            )
+            rows = c.max_positions + c.position_offset
+            self.position_embeddings = nn.Embedding(rows, c.hidden_size)
         if c.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
         if c.embed_norm:
@@ -413,12 +412,9 @@ class Transformer(nn.Module):
             raise ValueError(
                 "attention_mask must be ones, then zeros: this model pads on the right"
             )
-        if self.config.head == "lm":
-            read = None
-        elif self.config.causal:
-            read = mask.sum(1) - 1  # (b,) the last real token
-        else:
-            read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        if self.config.causal:
+            read = mask.sum(1) - 1 if self.config.head != "lm" else None  # the last real token; all
         x = self.embed(input_ids, token_type_ids, inputs_embeds)
         h = self.encode(x, mask, read)
         if self.config.head == "lm" and labels is not None and self.training:
