@@ -327,7 +327,7 @@ def test_nonsense_is_refused_in_one_line(tmp_path, capsys):
         ([str(GOLDEN), "--candidate", str(broken)], "cannot be imported"),
         ([str(GOLDEN), "--candidate", str(tmp_path / "none.py")], "is no Python file"),
         ([str(tmp_path), "--candidate", str(own)], "holds no cases"),
-        (["--candidate", str(own), "--only", "snap"], "allowed: lora_backward"),
+        (["--candidate", str(own), "--only", "snap"], "allowed: adalora, "),
     ):
         assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err
