@@ -54,7 +54,7 @@ def layer_cases():
     what = "A and B^T are a chunk and its copies, rotated along the ranks, and u plain ranks"
     for name, inner, outer, shared, x_A, x_B in (
         ("prolora", 6, 8, 4, 2, 4),
-        ("prolora-copies-3", 9, 4, 3, 3, 2),
+        ("prolora-few-ranks", 9, 4, 2, 3, 2),
     ):
         given = {
             **layer(rng, inner, outer),
@@ -204,15 +204,14 @@ def step_cases():
 
 
 def rite_cases(pair):
-    """LoRA-RITE: all gradients clipped; one set to 0 in the second step; B = 0."""
+    """LoRA-RITE: all gradients are clipped, one is set to 0 in the second step; B = 0."""
     rng, cases, adamw = generator(RITE_SEED), [], {**ADAMW, "lr": 0.0625, "betas": [0.9, 0.99]}
     del adamw["eps"]
     small = gradients_of(rng, 4, 5, 0.375, 0.375, 0.375)
     large = [small[0], gradients_of(rng, 4, 5, 1)[0], small[2]]
     zero = {**pair, "lora_B": 0 * pair["lora_B"]}
     for name, start, gradients, more in (
-        ("lora_rite", pair, small, "all gradients are clipped together"),
-        ("lora_rite-set-to-0", pair, large, "in step 2 the g of A is set to 0"),
+        ("lora_rite", pair, large, "all are clipped; in step 2 the g of A is set to 0"),
         ("lora_rite-b0", zero, small, "B = 0: A waits a step"),
     ):
         arguments = {**start, "lora_alpha": 7, "gradients": gradients, "adamw": adamw}
@@ -249,8 +248,7 @@ def adalora_cases():
     tied = {name: float((v + 2) // 4) for name, v in zip(names, values, strict=True)}
     for name, scores, keep, more in (
         ("adalora_keep", apart, 6, "the 6 best triplets of all modules"),
-        ("adalora_keep-ties", tied, 7, "ties: 7 all the same; any of the tied may stay"),
-        ("adalora_keep-all-tied", dict.fromkeys(names, 0.5), 5, "all are tied, and 5 stay"),
+        ("adalora_keep-ties", tied, 6, "ties: 6 all the same; any of the tied may stay"),
     ):
         arguments = {"scores": scores, "budget": keep}
         cases.append(Case(name, "adalora_keep", arguments, more, "arXiv 2303.10512, Eq. 12"))

@@ -51,6 +51,7 @@ def dora_changes(s, weight, lora_A, lora_B, lora_magnitude):
         NOT_DETACHED: call(over, rows(v)),
         "the norm is over the wrong axis: columns, not rows": call(over, columns.detach()),
         WRONG_AXIS_TOO: call(over, columns),
+        "the magnitude and the norm go by columns": lambda: m.T * v / columns.detach() - weight,
         "one norm of the whole matrix": call(over, v.norm().detach()),
         "the norm is of W alone": call(over, rows(weight).detach()),
         "the norm is squared": call(over, (rows(v) ** 2).detach()),
@@ -101,6 +102,7 @@ def lora_xs_changes(s, weight, lora_R):
             s * u @ lora_R @ (first[:, None] * v * sign.T[:r])
         ),
     }
+    found["U and V are exchanged"] = lambda: s * v.T @ lora_R @ (first[:, None] * u.T)
     if r < len(S):
         found["the smallest singular values are taken"] = lambda: (
             s * ends[0] @ lora_R @ (ends[1][:, None] * ends[2])
@@ -139,6 +141,9 @@ def prolora_changes(s, weight, lora_A_shared, lora_A_own, lora_B_shared, lora_B_
         "rolled the other way": call(change, shift=lambda x: -max(1, shared // x)),
         "no rotation": call(change, shift=lambda x: 0),
         "copy j is rolled by j, not by j * shift": call(change, shift=lambda x: 1),
+        "the shift may be 0: floor((r - u) / x) without max(1, …)": call(
+            change, shift=lambda x: shared // x
+        ),
         "the shift is x, not the ranks over x": call(change, shift=lambda x: x),
         "the shift counts all r ranks, not those that are shared": call(
             change, shift=lambda x: max(1, -(-r // x))
@@ -407,23 +412,15 @@ def wrong_changes(method, lora_alpha, **given):
 
 
 def weight_change(method, given):
-    for cause, change in wrong_changes(method, **given).items():
+    changes, rest = wrong_changes(method, **given), without(given, "lora_alpha")
+    right = call(changes[NO_MISTAKE], rest)
+    for cause, change in changes.items():
         if cause != NO_MISTAKE and cause not in GRADIENT_ALONE:
-            yield cause, call(change, {k: v for k, v in given.items() if k != "lora_alpha"})
-    if method == "dora":
-
-        def merged():
-            return wrong_changes(method, **given)[NO_MISTAKE](without(given, "lora_alpha"))
-
-        yield "the merged weight, not its change", lambda: merged() + given["weight"]
-    elif method not in ("tied", "condlora", "cora", "reslora") and (
-        len(given["weight"]) == given["weight"].shape[1]
-    ):
-
-        def transposed():
-            return wrong_changes(method, **given)[NO_MISTAKE](without(given, "lora_alpha")).T
-
-        yield "transposed, (in, out)", transposed
+            yield cause, call(change, rest)
+    if "weight" in given:
+        yield "the merged weight, not its change", lambda: given["weight"] + right()
+        if len(given["weight"]) == given["weight"].shape[1]:
+            yield "transposed, (in, out)", lambda: right().T
 
 
 def without(given, *names):

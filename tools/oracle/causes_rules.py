@@ -140,6 +140,13 @@ DELTA_LEFT_OUT = "delta is left out"
 DELTA_AFTER = "delta is added to the inverse, not to the metric"
 
 
+UNTIL_B = "at B = 0 the gradients stay as they are"
+
+
+def unless_zero(rule):
+    return lambda A, B, gA, gB: rule(A, B, gA, gB) if B.any() else (gA, gB)
+
+
 def riemannian(delta, **given):
     right = preconditioner(delta)
 
@@ -153,6 +160,7 @@ def riemannian(delta, **given):
     yield "B's metric is that of the new A, as published", call(steps, in_turn=True)
     yield "delta is squared", call(steps, rule=preconditioner(delta**2))
     yield NO_SCALE, call(steps, s=1.0)
+    yield UNTIL_B, call(steps, rule=unless_zero(right))
     if given["lora_B"].any():  # at B = 0 there is no inverse without it
         yield DELTA_LEFT_OUT, call(steps, rule=preconditioner(0))
         yield DELTA_AFTER, call(steps, rule=preconditioner(delta, kind="added after"))
@@ -198,7 +206,9 @@ def riemannian_step(lora_A, lora_B, gradient, lora_alpha, lr, delta):
         },
     )
     yield "the product to first order", first_order
-    if delta:
+    if not delta:
+        yield "delta is at least 1e-6", call(step, preconditioner(1e-6))
+    else:
         yield DELTA_LEFT_OUT, call(step, preconditioner(0))
         yield DELTA_AFTER, call(step, preconditioner(delta, kind="added after"))
         yield "delta is squared", call(step, preconditioner(delta**2))
@@ -268,6 +278,7 @@ def lora_pro(**given):
         yield cause, call(steps, rule=pro_rule(wrong))
     plain = call(steps, rule=lambda A, B, gA, gB: (gA, gB))
     yield "the gradients as they are, plain AdamW", plain
+    yield UNTIL_B, call(steps, rule=unless_zero(pro_rule(s)))
     yield "bias correction is one step ahead, counted from 2, as published", call(steps, early=True)
     if lora_B.any():
         yield "B's gradient is made with the new A", call(steps, in_turn=True)
@@ -277,6 +288,7 @@ def lora_pro(**given):
 # ---------------------------------------------------------------------------------------- LoRA-RITE
 
 CLIPPED_FIRST = "clipped before a gradient is set to 0, not after: so none ever is"
+WAITS = "a factor is not stepped at all while the other one is 0, decay and count included"
 RITE_MISTAKES = (
     CLIPPED_FIRST,
     "the whole step of a factor is skipped where its rms is above 1",
@@ -299,6 +311,7 @@ RITE_MISTAKES = (
     "weight decay of the new value",
     "weight decay without the learning rate",
     NO_SCALE,
+    WAITS,
 )
 
 
@@ -398,6 +411,8 @@ def rite_steps(mistake, lora_A, lora_B, lora_alpha, gradients, adamw):
             skipped = large
         elif mistake == "the step of both is skipped where one rms is above 1":
             skipped = [any(large)] * 2
+        elif mistake == WAITS:
+            skipped = [not B.any(), not A.any()]
         for Z, own, (_, U, inverse), state, skip in zip(
             (A.T, B), g, parts, states, skipped, strict=True
         ):
@@ -581,26 +596,31 @@ def adalora_keep(scores, budget):
 
 
 @torch.no_grad()
-def alora_importance(layers, batches):
-    def loss(kept, base=True, rescaled=False, batches=batches, mean=True):
-        """L with those ranks of each layer; None: all."""
-        made = []
-        for i, layer in enumerate(layers):
-            ks = [k for k in range(len(layer["lora_A"])) if kept is None or (i, k) in kept]
-            r = len(ks) if rescaled and ks else len(layer["lora_A"])
-            A, B = layer["lora_A"][ks], layer["lora_B"][:, ks]
-            weight = layer["weight"] + layer["lora_alpha"] / r * B @ A
-            made.append({**layer, "weight": weight if base else weight - layer["weight"]})
-        bare = [{**o, "lora_B": 0 * o["lora_B"]} for o in made]
-        model = Network(bare)
-        sizes = [len(batch["labels"]) for batch in batches]
-        losses = [model(**batch).loss.item() for batch in batches]
-        weights = sizes if mean else [1] * len(sizes)
-        return sum(v * w for v, w in zip(losses, weights, strict=True)) / sum(weights)
+def loss_with(layers, batches, kept, base=True, rescaled=False, by_batch=False):
+    """L with those ranks (layer, k) alone; None: all.
 
+    Args:
+        base: with the frozen weights. rescaled: by the ranks that are left. by_batch: the mean over
+            batches.
+    """
+    made = []
+    for i, layer in enumerate(layers):
+        ks = [k for k in range(len(layer["lora_A"])) if kept is None or (i, k) in kept]
+        r = len(ks) if rescaled and ks else len(layer["lora_A"])
+        change = layer["lora_alpha"] / r * layer["lora_B"][:, ks] @ layer["lora_A"][ks]
+        weight = base * layer["weight"] + change
+        made.append({**layer, "weight": weight, "lora_B": 0 * layer["lora_B"]})
+    model = Network(made)
+    sizes = [len(batch["labels"]) for batch in batches]
+    shares = [1 / len(sizes)] * len(sizes) if by_batch else [n / sum(sizes) for n in sizes]
+    return sum(n * model(**b).loss.item() for n, b in zip(shares, batches, strict=True))
+
+
+def alora_importance(layers, batches):
     ranks = [(i, k) for i, layer in enumerate(layers) for k in range(len(layer["lora_A"]))]
 
-    def importance(of, own_layer=False, **how):
+    def importance(of, own_layer=False, batches=batches, **how):
+        loss = call(loss_with, layers, batches)
         whole, found = loss(None, **how), [[] for _ in layers]
         for i, k in ranks:
             without = loss([o for o in ranks if o != (i, k)], **how)
@@ -632,7 +652,7 @@ def alora_importance(layers, batches):
         call(importance, right, own_layer=True),
     )
     yield "the scale follows the ranks that are left", call(importance, right, rescaled=True)
-    yield "the mean over batches, not over examples", call(importance, right, mean=False)
+    yield "the mean over batches, not over examples", call(importance, right, by_batch=True)
     yield "the first batch alone", call(importance, right, batches=batches[:1])
     yield "the last batch alone", call(importance, right, batches=batches[-1:])
     yield "the frozen weights are left out", call(importance, right, base=False)

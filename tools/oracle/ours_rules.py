@@ -125,8 +125,7 @@ def lora_pro(lora_A, lora_B, lora_alpha, gradients, adamw):
         gB' = 1/s^2 (I - P_B) gB (A A^T)^-1 - B X,   P_B = B (B^T B)^-1 B^T
         B^T B X + X A A^T = -1/s^2 (B^T B)^-1 gA A^T
 
-    At B = 0, where gA is 0: gA' = 0 and gB' = 1/s^2 gB (A A^T)^-1. Steps are counted from 1, as
-    ever.
+    At B = 0, where gA is 0: gA' = 0 and gB' = 1/s^2 gB (A A^T)^-1. Steps are counted from 1.
 
     Returns:
         as loraplus.
@@ -207,8 +206,8 @@ def adalora_scores(weights, gradients):
 
     For each step and each entry w of E, A, B with its gradient, I = U = 0 at first:
 
-        I <- 0.85 I + 0.15 |w dL/dw|            w and dL/dw both of before the step
-        U <- 0.85 U + 0.15 | |w dL/dw| - I |    with the new I
+        I <- 0.85 I + 0.15 |w dL/dw|           w and dL/dw both of before the step
+        U <- 0.85 U + 0.15 ||w dL/dw| - I|     with the new I
         S_k = s(E_k) + mean_j s(A_kj) + mean_i s(B_ik),   s = I U
 
     Args:
