@@ -31,6 +31,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.utils.serialization  # else the first torch.save loads it, and counts more calls
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
