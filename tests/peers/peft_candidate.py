@@ -24,7 +24,8 @@ def peft_layer(weight, bias, lora_A, lora_B, lora_alpha, transposed, **more):
     base = base.to(weight.dtype)
     base.weight.data.copy_(weight)
     base.bias.data.copy_(bias)
-    config = peft.LoraConfig(r=len(lora_A), lora_alpha=lora_alpha, fan_in_fan_out=transposed, **more)
+    how = {"r": len(lora_A), "lora_alpha": lora_alpha, "fan_in_fan_out": transposed}
+    config = peft.LoraConfig(**how, **more)
     layer = Linear(
         base,
         "default",

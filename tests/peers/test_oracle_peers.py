@@ -1,4 +1,4 @@
-"""Two other implementations before the oracle: PEFT's LoRA and DoRA, and zero-cost-nas' proxies on PEFT."""
+"""Two other implementations before the oracle: PEFT's layers, zero-cost-nas' proxies on PEFT."""
 
 import peft_candidate
 from tools.oracle import check
