@@ -206,8 +206,9 @@ def adalora_scores(weights, gradients):
 
     For each step and each entry w of E, A, B with its gradient, I = U = 0 at first:
 
-        I <- 0.85 I + 0.15 |w dL/dw|           w and dL/dw both of before the step
-        U <- 0.85 U + 0.15 ||w dL/dw| - I|     with the new I
+        c = |w dL/dw|                  w and dL/dw both of before the step
+        I <- 0.85 I + 0.15 c
+        U <- 0.85 U + 0.15 |c - I|     with the new I
         S_k = s(E_k) + mean_j s(A_kj) + mean_i s(B_ik),   s = I U
 
     Args:
