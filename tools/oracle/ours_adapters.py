@@ -12,7 +12,7 @@ What this file does not do: start a method (each gets what it has at some point 
 from torch import nn
 
 from relatives import METHODS
-from relatives.adalora import AdaLoRALayer
+from relatives.triplets import AdaLoRALayer
 from tools.oracle.network import differentiate, linear_of
 
 

@@ -14,8 +14,9 @@ import torch
 import lora
 from relatives import METHODS, lora_plus, plain
 from relatives import riemannian as riemannian_rule
-from relatives.adalora import AdaLoRA, AdaLoRALayer, budget
-from relatives.alora import ALoRA, exchange
+from relatives.adalora import AdaLoRA, budget
+from relatives.exchange import exchange, importance
+from relatives.triplets import AdaLoRALayer, add_penalty
 from tools.oracle.network import Network, linear_of
 
 # -------------------------------------------------------------------------------------------- rules
@@ -198,7 +199,7 @@ def adalora_schedule(total, target, warmup, final, steps):
     Returns:
         [b(1), …, b(steps)], integers.
     """
-    return [budget(t, total, target, warmup, final, steps) for t in range(1, steps + 1)]
+    return [budget(t, total, target, warmup, steps - final) for t in range(1, steps + 1)]
 
 
 def adalora_scores(weights, gradients):
@@ -227,11 +228,9 @@ def adalora_scores(weights, gradients):
             for name, factor in layer.factors().items():
                 factor.copy_(before[name])
                 factor.grad = torch.zeros_like(factor)
-            allocator.t = allocator.steps  # no scores any more: the penalty alone
-            allocator.before_step()
+            add_penalty([layer])
             for name, factor in layer.factors().items():
-                factor.grad = found[name] - factor.grad
-            allocator.t = 0
+                factor.grad = found[name] - factor.grad  # before_step adds the penalty again
             allocator.before_step()
     parts = {"sensitivity": allocator.sensitivity, "uncertainty": allocator.uncertainty}
     (scores,) = allocator.scores().values()
@@ -254,15 +253,14 @@ def adalora_penalty(pairs):
     shapes = [
         (len(p["lora_B"]), p["lora_A"].shape[1], len(p["lora_A"]), p["lora_A"].dtype) for p in pairs
     ]
-    allocator, layers = adalora_model(shapes)
+    _, layers = adalora_model(shapes)
     with torch.no_grad():
         for layer, pair in zip(layers, pairs, strict=True):
             layer.lora_A.copy_(pair["lora_A"])
             layer.lora_B.copy_(pair["lora_B"])
             for factor in layer.factors().values():
                 factor.grad = torch.zeros_like(factor)
-    allocator.t = allocator.steps
-    allocator.before_step()
+    add_penalty(layers)
     return [{"lora_A": layer.lora_A.grad, "lora_B": layer.lora_B.grad} for layer in layers]
 
 
@@ -305,11 +303,8 @@ def alora_importance(layers, batches):
     Returns:
         [[IS of rank 0, 1, …] of each layer].
     """
-    model = Network(layers)
-    rest = {"generator": None, "parts": {}, "forget": None}
-    allocator = ALoRA(model, steps=2, per_epoch=1, interval=1, batches=lambda: batches, **rest)
-    found, result = allocator.importance(), {}
-    for (name, _), value in found.items():
+    result = {}
+    for (name, _), value in importance(Network(layers), batches).items():
         result.setdefault(name, []).append(value)
     return list(result.values())
 
