@@ -272,6 +272,13 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
     ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ('tools/oracle/check.py', 'largest = expected.abs().max().item() or 1.0', 'largest = 1e6', "errors look small", f"{ORACLE}::test_errors_between_results"),
+    ("tools/oracle/check.py", "for module in (ours, ours_adapters, ours_rules):", "for module in (ours,):", "the interface without the relatives", f"{ORACLE}::test_the_interface_names_every_function_and_shortcut"),
+    ("tools/oracle/golden.py", 'case.function in ("keep_top", "adalora_keep")', 'case.function == "keep_top"', "of tied triplets one choice alone is right", f"{ORACLE}::test_the_same_export_gives_the_same_bytes"),
+    ("tools/oracle/causes_adapters.py", "NOT_DETACHED: call(over, rows(v)),", "NOT_DETACHED: call(over, rows(v).detach()),", "oracle: a mistake that is none", f"{ORACLE}::test_each_mistake_alone_is_noticed_and_named"),
+    ("tools/oracle/causes_rules.py", 'if mistake == CLIPPED_FIRST:', 'if mistake:', "oracle: every mistake of RITE clips first", f"{ORACLE}::test_each_mistake_alone_is_noticed_and_named"),
+    ("tools/oracle/ours_rules.py", "U @ M.T if name == \"lora_A\" else M @ U.T", "U @ M.T if name == \"lora_A\" else -M @ U.T", "oracle: a moment of RITE with the other sign", f"{ORACLE}::test_our_own_passes_everything"),
+    ("relatives/prolora.py", "shift = max(1, len(chunk) // x)", "shift = len(chunk) // x", "no rotation where the copies outnumber the ranks", f"{ORACLE}::test_our_own_passes_everything"),
+    ("relatives/riemannian.py", "B.T @ B + delta * eye, grad_A", "B.T @ B + delta**2 * eye, grad_A", "delta squared for A", f"{ORACLE}::test_our_own_passes_everything"),
     # ------------------------------------------------- relatives: tied, condlora, cora, reslora
     ("support/doors.py", "        if layer.unmergeable:\n", "        if False:\n", "a branch that is no matrix is half merged", f"{ADAPTERS2}::test_what_is_no_matrix_is_not_merged"),
     ("lora.py", "            about[name][\"kind\"] = layer.kind\n", "            pass\n", "reslora is stored as if it were LoRA", f"{ADAPTERS2}::test_the_adapter_file_loads_with_equal_logits"),
