@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, families, generation, hf_folder, seeds
+from support import download, families, generation, hf_folder, large, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -86,6 +86,7 @@ class Config:
     head: str = "classification"  # classification | lm
     dropout: float = 0.0
     shortcut_norm: str = "none"  # none | reuse: LayerNorm once more after a cross-layer shortcut
+    base_dtype: str = "fp32"  # fp32 | bf16: of the frozen weights, and of what they multiply
 
     @classmethod
     def from_hf(cls, hf, **overrides):
@@ -135,7 +136,11 @@ class Config:
 
 
 class Output(NamedTuple):
-    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, or None."""
+    """logits: (b, num_labels), or (b, t, vocab) for head "lm"; loss: scalar, or None.
+
+    In train mode, with labels, head "lm" computes the logits of the n predicted tokens alone,
+    (n, vocab): the loss needs no others, and nothing else in a step is as wide as a vocabulary.
+    """
 
     logits: torch.Tensor
     loss: torch.Tensor | None
@@ -158,6 +163,19 @@ def refuse_weights(weight):
 def pick(x, read):
     """The read positions only: (b, t, d), (b,) -> (b, 1, d)."""
     return x[torch.arange(len(x), device=x.device), read][:, None]  # (b, 1, d)
+
+
+def predicted(x, labels):
+    """What is predicted: position t predicts token t + 1, where that has a label.
+
+    Args:
+        x: (b, t, …), what predicts: the last hidden states, or their logits.
+        labels: (b, t), -100 = no label.
+
+    Returns:
+        (n, …) of x, and their n labels.
+    """
+    return x[:, :-1][labels[:, 1:] != -100], labels[:, 1:][labels[:, 1:] != -100]
 
 
 def norm_of(config):
@@ -329,6 +347,7 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------------------- transformer
 
 
+@large.in_base_dtype("embed", "encode", "predict")
 class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
@@ -376,7 +395,8 @@ class Transformer(nn.Module):
             attention_mask: (b, t), 1 = token, 0 = padding, which must be on the right.
             token_type_ids: (b, t) int64, BERT alone; None = all 0.
             labels: (b,) class ids; (b,) floats with num_labels 1; (b, t) token ids with head "lm",
-                -100 where no loss is wanted (the shift by one happens here).
+                -100 where no loss is wanted (the shift by one happens here; in train mode logits
+                are then those of the predicted tokens alone, see Output).
             inputs_embeds: (b, t, embed_dim), in place of the word embeddings.
 
         Returns:
@@ -392,14 +412,13 @@ class Transformer(nn.Module):
             raise ValueError(
                 "attention_mask must be ones, then zeros: this model pads on the right"
             )
-        if self.config.head == "lm":
-            read = None
-        elif self.config.causal:
-            read = mask.sum(1) - 1  # (b,) the last real token
-        else:
-            read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        if self.config.causal:
+            read = mask.sum(1) - 1 if self.config.head != "lm" else None  # the last real token; all
         x = self.embed(input_ids, token_type_ids, inputs_embeds)
         h = self.encode(x, mask, read)
+        if self.config.head == "lm" and labels is not None and self.training:
+            h, labels = predicted(h, labels)  # (n, embed_dim), (n,)
         logits = self.predict(h)
         return Output(logits, None if labels is None else self.loss(logits, labels))
 
@@ -465,11 +484,10 @@ class Transformer(nn.Module):
         return self.project_out(x) if self.config.embed_dim != self.config.hidden_size else x
 
     def predict(self, h):
-        """The head: (b, 1, embed_dim) -> (b, num_labels), or (b, t, embed_dim) -> (b, t, vocab)."""
+        """The head: (b, 1, embed_dim) -> (b, num_labels), or (…, embed_dim) -> (…, vocab)."""
         if self.config.head == "lm":
-            if self.config.tied:
-                return F.linear(h, self.word_embeddings.weight)  # (b, t, vocab)
-            return self.lm_head(h)  # (b, t, vocab)
+            head = self.word_embeddings if self.config.tied else self.lm_head
+            return F.linear(h, head.weight)  # (…, vocab)
         h = h[:, 0]  # (b, embed_dim)
         if self.config.causal:
             return self.score(h)  # (b, num_labels)
@@ -481,8 +499,8 @@ class Transformer(nn.Module):
 
     def loss(self, logits, labels):
         """Cross-entropy, mean over examples (over tokens for "lm"); squared error for one label."""
-        if self.config.head == "lm":  # position t predicts token t + 1
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (b (t - 1), …)
+        if self.config.head == "lm":
+            logits, labels = (logits, labels) if logits.ndim == 2 else predicted(logits, labels)
         elif self.config.num_labels == 1:
             return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
@@ -502,12 +520,13 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         dropout: float, replaces whatever the checkpoint was pretrained with.
         seed: int, for the parts of the head that the checkpoint lacks: weights are drawn from
             N(0, 0.02), biases are 0.
-        overrides: other fields of Config, for example shortcut_norm="reuse".
+        overrides: other fields of Config, for example shortcut_norm="reuse", base_dtype="bf16".
 
     Returns:
         (Transformer in float32 and train mode, tokenizers.Tokenizer that encodes pairs as the
         family does). model.fresh names the modules that were drawn; model.head those that are
-        trained for the task: the classifier always, a pooler only if it is fresh.
+        trained for the task: the classifier always, a pooler only if it is fresh. With base_dtype
+        "bf16" its frozen weights are in bfloat16 (support/large.py).
 
     Raises:
         ValueError: a config, tensor or tokenizer that does not fit, all of them listed.
@@ -532,4 +551,5 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     model.fresh = fresh
     if not config.pooler_in_head:  # a pooler that came is part of the backbone
         model.head = tuple(m for m in model.head if m != "pooler" or m in fresh)
+    large.cast_base(model, config.base_dtype)
     return model, tokenizer

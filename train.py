@@ -12,7 +12,8 @@ Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: mixed precision, compile, search hyper-parameters.
+What this file does not do: compile, search hyper-parameters, load or shard a model (model.py,
+support/large.py).
 """
 
 import contextlib
@@ -31,7 +32,7 @@ import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS, rank_steps, single_ranks
-from support import distributed, download, flags, glue, report, run_folder, seeds, tasks, terminal
+from support import distributed, flags, glue, large, report, run_folder, seeds, tasks, terminal
 from support import evaluation as measures
 from support import run as runs
 from support.errors import one_line
@@ -47,9 +48,8 @@ def set_up(args):
     device, task = distributed.pick_device(args.device), tasks.TASKS[args.task]
     decides = args.allocate in ("static", "dynamic")
     splits, notes = tasks.load(args.task, args.data_dir, args.test, not args.eval_only, args.seed)
-    folder = download.model_folder(args.model)
-    tasks.refuse_misfit(args.task, folder, args.proxy if decides else "")
-    how = named(args, "dropout", "seed", "shortcut_norm")
+    folder = tasks.model_folder(args.task, args.model, args.proxy if decides else "")
+    how = named(args, "dropout", "seed", "shortcut_norm", "base_dtype")
     model, tokenizer = load_pretrained(str(folder), task.num_labels, task.head, **how)
     how = named(args, "max_length", "train_records", "eval_records")
     data, more = tasks.encode(args.task, splits, tokenizer, model.config, folder, **how)
@@ -63,7 +63,7 @@ def set_up(args):
         how = named(args, "r", "lora_alpha", "lora_dropout", "shortcut_alpha", "seed", "when_off")
         lora.inject(model, args.targets, shortcuts=shortcuts, adapter=kind, **how)
     lora.mark_trainable(model)
-    model.to(device)
+    notes += large.place(model, device, args.shard == "yes", args.resume)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
@@ -173,10 +173,11 @@ def train_step(run, group, lr):
     """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
     total = sum(counted([run.train[i] for i in indices]) for indices in group)
     loss = 0.0
-    for indices in filter(None, map(distributed.share, group)):
+    for indices, once in map(distributed.part, group):
         examples = [run.train[i] for i in indices]
         # mean over the step = sum of batch means, each weighted by its share of what is counted
-        part = run.model(**batch_of(run.model, examples)).loss * (counted(examples) / total)
+        weight = once * counted(examples) / total
+        part = run.model(**batch_of(run.model, examples)).loss * weight
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())
@@ -302,7 +303,7 @@ def main(argv=None):
             if distributed.rank():
                 stack.enter_context(terminal.silent())  # the first process alone speaks
             with distributed.together():
-                args = flags.parse_flags(argv)
+                args = flags.parse_flags(argv, tasks.default)
                 run = prepare(args, stack)
         except (ValueError, OSError) as error:
             print(f"train.py: {one_line(error, 600)}", file=sys.stderr)

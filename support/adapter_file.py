@@ -92,18 +92,22 @@ def without_kinds(about):
     return pairs
 
 
-def refuse_kinds(path, about, kinds):
-    """Raises ValueError where a module is of a kind whose class was not given.
+def refuse_kinds(path, about, kinds, linears):
+    """Raises ValueError where a module is of a kind that was not given, or that its place lacks.
 
     Args:
         about: of the file. kinds: what can be loaded.
+        linears: the places of linear layers; a shortcut is a LoRA pair always.
     """
-    for a in about.values():
-        if a.get("kind", "lora") not in kinds:
+    for name, described in about.items():
+        kind = described.get("kind", "lora")
+        if kind not in kinds:
             raise ValueError(
-                f"{path} holds {a['kind']}, which is no LoRA: give load_adapter the class, "
+                f"{path} holds {kind}, which is no LoRA: give load_adapter the class, "
                 'relatives.METHODS["adapter"]'
             )
+        if kind != "lora" and name.rpartition(".")[2] not in linears:
+            raise ValueError(f"{path} says that {name} is {kind}: a shortcut is a LoRA pair")
 
 
 def refuse_misfit(path, tensors, expected):

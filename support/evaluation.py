@@ -41,14 +41,15 @@ def predict(model, task, examples):
     model.eval()
     # by length: little padding, and shares that are alike
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    mine, found = distributed.share(order), []
+    mine, found = distributed.even(order), []
     for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
         batch = batch_of(model, [examples[mine[i]] for i in indices])
         del batch["labels"]
         logits = model(**batch).logits  # (b, labels)
         found += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
     model.train(training)
-    parts = distributed.gather(dict(zip(mine, found, strict=True)))  # index -> prediction
+    own = len(distributed.share(order))  # what stands in for one more is another process's
+    parts = distributed.gather(dict(zip(mine[:own], found[:own], strict=True)))  # by index
     by_index = {i: prediction for part in parts for i, prediction in part.items()}
     return [by_index[i] for i in range(len(examples))]
 
@@ -69,10 +70,10 @@ def language(model, examples):
     """{"loss", "perplexity"} of a causal model, over all predicted tokens; the mode is kept."""
     training = model.training
     model.eval()
-    mine, total, terms = distributed.share(of_tokens(examples)), 0.0, 0
-    for part in terminal.watched(mine, "evaluating"):
+    mine, total, terms = list(distributed.shares(of_tokens(examples))), 0.0, 0
+    for part, once in terminal.watched(mine, "evaluating"):
         batch = batch_of(model, part)
-        n = loss_terms(model, batch)
+        n = once * loss_terms(model, batch)
         # loss = sum over batches of n * (their mean loss) / sum of n     n: predicted tokens
         total += model(**batch).loss.item() * n
         terms += n

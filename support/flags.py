@@ -3,8 +3,8 @@
 A method is a combination of flags; a preset is nothing but a documented set of them, and a flag
 that is given wins over it. Bad input is a ValueError with one line: what, got, allowed.
 
-What this file does not do: say which flags go together (settings.py), look at data or devices
-(train.py does), or at a model, but for its family where --model is given and --task is not.
+What this file does not do: say which flags go together (settings.py), look at data, models or
+devices (train.py does).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import run_folder, tasks
+from support import large, run_folder, tasks
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -172,6 +172,16 @@ FLAGS = {  # name: (type, default, help)
         "no",
         "yes = leave the weights alone, add the same change in the forward pass",
     ),
+    "base-dtype": (
+        one_of(*large.DTYPES),
+        "fp32",
+        "of the frozen weights; bf16 = bfloat16, and float32 for what trains",
+    ),
+    "shard": (
+        one_of("yes", "no"),
+        "no",
+        "yes = under torchrun, every process keeps a part of each block's frozen weights",
+    ),
     "epochs": (number(int, 1), 3, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
@@ -227,8 +237,14 @@ PRESETS = {
 RESUMABLE = ("resume", "eval_only", "test", "device", "data_dir")
 
 
-def parse_flags(argv):
-    """Command line -> namespace; with --resume the flags come from that run."""
+def parse_flags(argv, task_of=None):
+    """Command line -> namespace; with --resume the flags come from that run.
+
+    Args:
+        argv: list of words, None = those of the program.
+        task_of: function (name of a model) -> its task where none is given, as tasks.default, which
+            looks at the model; None = the same for every model.
+    """
     about = "Train HeteroLoRA, Delta-LoRA or LoRA on a pretrained transformer."
     parser = Parser(prog="train.py", description=about, allow_abbrev=False)
     for name, (kind, default, text) in FLAGS.items():
@@ -259,7 +275,9 @@ def parse_flags(argv):
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
     given = vars(found)
     if given["resume"] is None:
-        task = given.get("task") or (tasks.default(given["model"]) if "model" in given else None)
+        task = given.get("task")
+        if task is None and task_of and "model" in given:
+            task = task_of(given["model"])
         args = {**defaults(task), **PRESETS.get(given["preset"], {}), **given}
         if given["eval_only"] and tasks.TASKS[args["task"]].head != "lm":
             raise ValueError("--eval-only needs --resume DIR, the run to evaluate")

@@ -30,8 +30,14 @@ def family_of(folder):
     return FAMILIES.get(str(hf_folder.read_config(folder).get("model_type")))
 
 
-def refuse_misfit(name, folder, proxy=None):
-    """Raises ValueError where a model, by its folder, cannot do a task, or a proxy score it."""
+def model_folder(name, model, proxy=""):
+    """The folder of a model, by its name, that is to do a task, scored by a proxy ("" = by none).
+
+    Raises:
+        ValueError: the model cannot do it, or the proxy cannot score it.
+        ValueError, OSError: as download.model_folder.
+    """
+    folder = download.model_folder(model)
     if TASKS[name].head == "lm":
         family = family_of(folder)
         if family and not family.features["causal"]:
@@ -41,11 +47,12 @@ def refuse_misfit(name, folder, proxy=None):
                 f" give a --model that is causal ({causal}), or a --task that is classification "
                 f"({', '.join(glue.TASKS)})"
             )
-    if proxy and proxy.startswith("alpha_test"):
+    if proxy.startswith("alpha_test"):
         if TASKS[name].head == "lm":
             raise ValueError(f"--proxy {proxy} needs accuracy, and task {name} has perplexity")
         if TASKS[name].num_labels == 1:
             raise ValueError(f"--proxy {proxy} needs accuracy, and task {name} has scores")
+    return folder
 
 
 def load(name, data_dir, test, train, seed):

@@ -18,7 +18,7 @@ import shutil
 
 import torch
 
-from support import distributed, glue, terminal
+from support import distributed, glue, large, terminal
 from support.errors import one_line
 
 BATCH = 32  # prompts that are answered side by side
@@ -32,7 +32,9 @@ def write(model, tokenizer, prompts):
     """
     longest = max(prompt.longest for prompt in prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    mine, found = distributed.share(order), {}
+    # A sharded model is called equally often by all: then each process answers every prompt.
+    mine = order if large.is_sharded(model) else distributed.share(order)
+    found = {}
     for indices in terminal.watched(glue.in_order(mine, BATCH), "writing"):
         chosen = [mine[i] for i in indices]
         answers = answer(model, [prompts[i].ids for i in chosen], longest)

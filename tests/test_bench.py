@@ -2,11 +2,14 @@
 
 import math
 import statistics
+import types
 
 import pytest
+import torch
 
+import tiny
 from tools.bench import __main__ as bench
-from tools.bench import peak, timing
+from tools.bench import language, peak, timing
 
 
 def test_arms_take_turns_and_the_first_round_is_not_counted():
@@ -43,6 +46,8 @@ def test_a_call_in_a_fresh_process(tmp_path, monkeypatch):
         ("train --rounds 2", "is 2, allowed: an integer, 3 or more"),
         ("agreement --seeds 0,x", "is 0,x, allowed: integers such as 0,1,2"),
         ("delta --task mrpc", "unrecognized arguments: --task mrpc"),  # it would do nothing
+        ("train --model gpt2", "is gpt2, allowed: minilm, smollm2-q4"),
+        ("generate --model minilm", "unrecognized arguments: --model minilm"),
         ("speed", "invalid choice: 'speed'"),
     ],
 )
@@ -57,3 +62,36 @@ def test_bad_data_is_one_line(tmp_path, capsys):
     assert bench.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("tools.bench: ") and error.count("\n") == 1
+
+
+def test_a_task_does_nothing_to_the_language_model(tmp_path, capsys):
+    argv = f"train --model smollm2-q4 --task rte --out {tmp_path}".split()
+    assert bench.main(argv) == 2
+    message = "--task and --data-dir do nothing with --model smollm2-q4"
+    assert message in capsys.readouterr().err
+
+
+def test_texts_of_the_language_model():
+    """Prompts have no label, sentences end with eos; both orders have the same texts."""
+    config = tiny.config("llama", head="lm", vocab_size=200)
+    letters = types.SimpleNamespace(encode=lambda s: types.SimpleNamespace(ids=[*map(ord, s)]))
+    both = language.describe_batches(types.SimpleNamespace(config=config), letters)
+    found = []
+    for batches in both:
+        assert len(batches) == language.STEPS
+        rows = [row for batch in batches for row in zip(*batch.values(), strict=True)]
+        texts = set()
+        for ids, mask, labels in rows:
+            n = int(mask.sum())
+            text = "".join(map(chr, ids[:n].tolist()))
+            prompt, sentence = text.split("\n")
+            assert prompt.startswith("kind[") and sentence.endswith(chr(config.eos_token_ids[0]))
+            assert (ids[n:] == 1).all() and (labels[n:] == -100).all() and mask[:n].all()
+            begin = len(prompt) + 1
+            assert (labels[:begin] == -100).all() and torch.equal(labels[begin:n], ids[begin:n])
+            texts.add(text)
+        found.append(texts)
+    assert found[0] == found[1] and len(found[0]) == language.BATCH * language.STEPS
+    spare = [sum((1 - b["attention_mask"]).sum().item() for b in batches) for batches in both]
+    assert spare[0] < spare[1]
+    assert language.padded([[3], [4, 5]], 0, left=True).tolist() == [[0, 3], [4, 5]]

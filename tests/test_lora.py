@@ -233,7 +233,7 @@ def test_branch_dropout_acts_on_the_input_and_in_train_mode_only():
 # ------------------------------------------------------------------------------------ adapter files
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "llama"))
 def test_a_saved_adapter_in_a_fresh_model_gives_the_same_logits(family, tmp_path):
     """Two lines: with shortcuts, switches, ranks that differ, and the head."""
     m = tiny.adapted(family, shortcuts=lora.SHORTCUTS["all"])

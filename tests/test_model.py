@@ -19,7 +19,7 @@ CASES = [(f, "classification") for f in tiny.FAMILIES] + [
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_logits_equal_the_dense_derivation(family, head):
     """Padding, positions, masks, heads and the layer that is computed at one position only."""
-    m = tiny.model(family, head=head)
+    m = tiny.model(family, head=head).eval()
     batch = tiny.batch(m.config)
     got, expected = m(**batch).logits, dense.logits(m, batch)
     for i, n in enumerate(batch["attention_mask"].sum(1).tolist()):
@@ -65,7 +65,7 @@ def test_losses():
     errors = [(out.logits[i, 0].item() - batch["labels"][i].item()) ** 2 for i in range(3)]
     assert out.loss.item() == pytest.approx(sum(errors) / 3, abs=1e-6)
 
-    m = tiny.model("gpt2", head="lm")
+    m = tiny.model("gpt2", head="lm").eval()
     batch = tiny.batch(m.config)
     out, terms = m(**batch), []
     for i, n in enumerate(batch["attention_mask"].sum(1).tolist()):
@@ -73,6 +73,30 @@ def test_losses():
             log_p = out.logits[i, t] - out.logits[i, t].exp().sum().log()
             terms.append(-log_p.detach()[batch["input_ids"][i, t + 1]].item())
     assert out.loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+def test_language_model_loss_is_of_the_labelled_tokens_alone():
+    """Some labels, by hand from dense logits; in train mode no others are computed."""
+    m = tiny.model("gpt2", head="lm")
+    batch = tiny.batch(m.config, lengths=(9, 4, 6))
+    for i, prompt in enumerate((3, 1, 5)):  # -100 there; a label on token 0 has no prediction
+        batch["labels"][i, :prompt] = -100
+    batch["labels"][1, 0] = 7
+    chosen, rows = [], dense.logits(m, batch)
+    for i, t in [(0, t) for t in range(3, 9)] + [(1, 1), (1, 2), (1, 3), (2, 5)]:
+        log_p = rows[i][t - 1].log_softmax(0)
+        chosen.append((rows[i][t - 1], -log_p[batch["input_ids"][i, t]]))
+    expected = torch.stack([loss for _, loss in chosen]).mean()
+    trained, evaluated = m(**batch), m.eval()(**batch)
+    for out in (trained, evaluated):
+        torch.testing.assert_close(out.loss, expected, rtol=0, atol=1e-12)
+    predicted = torch.stack([logits for logits, _ in chosen])  # (10, vocab)
+    torch.testing.assert_close(trained.logits, predicted, rtol=0, atol=1e-12)
+    assert evaluated.logits.shape == (3, 9, 90)
+    theirs, ours = (
+        torch.autograd.grad(loss, m.layers[0].fc1.weight)[0] for loss in (expected, trained.loss)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_inputs_embeds_stand_for_input_ids():

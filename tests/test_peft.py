@@ -14,8 +14,10 @@ import torch
 import lora
 import tiny
 import train
+from model import load_pretrained
 from relatives.single_ranks import keep_ranks
 from support import adapter_file, run_folder
+from test_causal import llama_folder
 from tools.peft import __main__ as tool
 from tools.peft import commands, config, reading, writing
 
@@ -110,6 +112,76 @@ def test_gpt2_is_fused_exactly():
     torch.testing.assert_close(delta[:12], q.scaling * q.lora_B @ q.lora_A)
     torch.testing.assert_close(delta[24:], 0.3 * v.lora_B @ v.lora_A)
     assert not delta[12:24].any()
+
+
+CAUSAL_PATHS = {  # our places -> modules of LlamaForCausalLM and its relatives, spelt out here
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "out_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "fc1": "mlp.up_proj",
+    "fc2": "mlp.down_proj",
+}
+
+
+@pytest.mark.parametrize("head", ["lm", "classification"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_names_and_task_of_a_causal_family(family, head):
+    """Seven places under their names; a score is saved, a language model's head is not."""
+    m = tiny.adapted(family, head=head, dtype=torch.float32)
+    parameters = {n: p.detach() for n, p in lora.trainable(m).items() if n == "score.weight"}
+    config, tensors = writing.peft_files(pairs_of(m), parameters, family, "base")
+    expected = {}
+    for name, layer in lora.adapters(m).items():
+        _, i, place = name.split(".")
+        path = f"base_model.model.model.layers.{i}.{CAUSAL_PATHS[place]}"
+        expected |= {f"{path}.lora_A.weight": layer.lora_A, f"{path}.lora_B.weight": layer.lora_B}
+    if head == "classification":
+        expected["base_model.model.score.weight"] = m.score.weight
+    assert tensors.keys() == expected.keys() and len(expected) == 42 + (head == "classification")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    kind = ("CAUSAL_LM", None) if head == "lm" else ("SEQ_CLS", ["score"])
+    assert (config["task_type"], config["modules_to_save"]) == kind
+
+
+def test_a_language_models_adapter_comes_back_through_the_command(tmp_path, capsys):
+    """Ranks and scales that differ; it loads into a language model, and no task is evaluated."""
+    m = tiny.model("llama", dtype=torch.float32, head="lm")
+    base, folder, back = llama_folder(tmp_path / "m", m), tmp_path / "adapter", tmp_path / "back"
+    lora.inject(m, lora.LINEARS, r=3, lora_alpha=5)
+    tiny.randomise([a.lora_B for a in lora.adapters(m).values()], 1)
+    for i, layer in enumerate(lora.adapters(m).values()):
+        keep_ranks(layer, list(range(1 + i % 3)))
+        layer.scaling *= 1 + i % 2
+        layer.lora_alpha = layer.scaling * layer.r
+    batch = tiny.batch(m.config)
+    writing.write_peft(folder, *writing.peft_files(pairs_of(m), {}, "llama", "base"))
+    given = ["import", str(folder), str(back), "--model", str(base)]
+    assert tool.main([*given, "--task", "mrpc"]) == 2
+    assert "holds no head: there is nothing to evaluate on mrpc" in capsys.readouterr().err
+    assert not back.exists() and tool.main(given) == 0
+    fresh, _ = load_pretrained(str(base), head="lm")
+    lora.load_adapter(fresh, back)
+    torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-5)
+    assert tool.main(["inspect", str(folder), "--model", str(base)]) == 0
+
+
+def test_the_base_of_an_export_is_named_as_what_it_is(tmp_path, monkeypatch):
+    """smollm2-q4 is on no hub: its weights are not SmolLM2's, and no id stands for them."""
+    base = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
+    monkeypatch.setattr(writing.download, "model_folder", lambda name: base)
+    found = {}
+    for name in ("minilm", "smollm2", "smollm2-q4", "some/folder"):
+        run = made_up_run(tmp_path / name.replace("/", "-"), {"model": name})
+        config = writing.export(run, tmp_path / f"{run.name}-out")
+        found[name] = config["base_model_name_or_path"]
+    assert found == {
+        "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+        "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "smollm2-q4": None,
+        "some/folder": "some/folder",
+    }
 
 
 HUGE = 10**400  # a JSON integer beyond every float

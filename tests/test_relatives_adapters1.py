@@ -9,7 +9,7 @@ import functools
 import json
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from torch.func import functional_call
 
@@ -571,3 +571,17 @@ def test_dora_that_peft_cannot_hold_is_refused_by_name():
         writing.peft_files({"layers.0.q_proj": dora, "layers.0.v_proj": dora}, {}, "gpt2", "x")
     with pytest.raises(ValueError, match="train DoRA with --shortcuts none"):
         writing.peft_files({"layers.0.fc1": dora, "layers.0.residual_1": plain}, {}, "bert", "x")
+
+
+def test_a_file_that_gives_a_shortcut_a_kind_of_its_own(tmp_path):
+    """Only a linear layer has a weight whose direction and length come apart."""
+    m, _ = generic("dora", targets=("q_proj",), shortcuts=("residual_1",))
+    path = tmp_path / "a.safetensors"
+    lora.save_adapter(m, path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["adapters"])
+    about["layers.0.residual_1"]["kind"] = "dora"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {"adapters": json.dumps(about)})
+    with pytest.raises(ValueError, match="residual_1 is dora: a shortcut is a LoRA pair"):
+        lora.load_adapter(tiny.model("bert"), path, adapter=DoRA)

@@ -7,7 +7,7 @@ import dense
 import lora
 import tiny
 
-CASES = [(f, kind) for f in tiny.FAMILIES for kind in ("residual", "cross", "all")]
+CASES = [(f, kind) for f in (*tiny.FAMILIES, "llama") for kind in ("residual", "cross", "all")]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -26,7 +26,7 @@ def test_forward_equals_dense_matrices(family, kind, norm):
     assert (got - without).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "llama"))
 def test_at_initialisation_the_model_is_the_same_to_the_bit(family):
     m = tiny.model(family, dtype=torch.float32)
     batch = tiny.batch(m.config)

@@ -10,7 +10,7 @@ import lora
 import tiny
 import train
 from model import load_pretrained
-from support import run_folder, writing
+from support import run_folder, tasks, writing
 from support.flags import parse_flags
 from test_causal import llama_folder
 from test_distributed import in_processes
@@ -192,7 +192,7 @@ def test_a_short_run_of_the_default_task(tmp_path, model_folder, capsys):
     words = f"--model {model_folder} --data-dir {folder} --preset lora --out {out} --log-every 1"
     assert train.main(words.split()) == 0
     printed, log = capsys.readouterr().out, run_folder.read_log(out)
-    assert parse_flags(words.split()).task == "describe"
+    assert run_folder.read_config(out)["task"] == "describe"
     first = log[0]
     assert (first["event"], first["step"]) == ("eval", 0) and first.keys() >= {"loss", "bleu"}
     assert done(out)["untouched"] == {k: first[k] for k in ("loss", "perplexity", "bleu")}
@@ -286,8 +286,9 @@ def test_classification_with_a_causal_model_goes_on(tmp_path, model_folder):
 def test_the_default_task_is_the_models(tmp_path, model_folder):
     """Of BERT the embedded classification; a text task has defaults of its own, which it keeps."""
     bert = tiny.bert_folder(tmp_path / "bert")
-    assert parse_flags(["--model", str(bert)]).task == parse_flags([]).task == "paraphrase"
-    args = parse_flags(["--model", str(model_folder)])
+    for words in (["--model", str(bert)], []):
+        assert parse_flags(words, tasks.default).task == "paraphrase"
+    args = parse_flags(["--model", str(model_folder)], tasks.default)
     assert (args.task, args.epochs, args.batch_size) == ("describe", 1, 8)
-    args = parse_flags(["--model", str(model_folder), "--task", "mrpc"])
+    args = parse_flags(["--model", str(model_folder), "--task", "mrpc"], tasks.default)
     assert (args.epochs, args.batch_size) == (3, 16)

@@ -30,8 +30,8 @@ def load(args):
     name = flags.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{args.run}/config.json names no model: not a run of train.py")
-    norm = flags.get("shortcut_norm", "none")
-    model, tokenizer = load_pretrained(name, head="lm", shortcut_norm=norm)
+    how = {key: flags[key] for key in ("shortcut_norm", "base_dtype") if key in flags}
+    model, tokenizer = load_pretrained(name, head="lm", **how)
     if args.run and not args.no_adapter:
         lora.load_adapter(model, args.run)
     form, specials = prompts.read_form(download.model_folder(name))

@@ -1,14 +1,18 @@
 """Benchmarks, one command each, a table and a picture: python -m tools.bench train --data-dir DIR
 
-    train      pairs per second beside transformers + PEFT, and beside the matrix products alone
-    memory     peak memory of training beside PEFT
+    train      pairs per second beside transformers + PEFT, and beside the matrix products alone;
+               with --model smollm2-q4 tokens per second of a language model
+    memory     peak memory of training beside PEFT, of either model
+    generate   tokens per second of a language model beside transformers
     scale      time and memory over sequence length, batch, depth and width, beside PEFT
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
+    base       a base in bfloat16 beside one in float32: time and memory of a training step
+    shard      a base that is spread over two processes beside a whole one: memory of a process
 
 How times are taken is in timing.py, how memory is measured in peak.py. The peers
-(tests/peers/requirements.txt) are needed for train, memory and scale.
+(tests/peers/requirements.txt) are needed for train, memory, scale and generate.
 
 What this file does not do: measure anything.
 """
@@ -17,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, score, training
+from tools.bench import delta, language, large, score, training
 
 
 def at_least_three(text):
@@ -34,20 +38,32 @@ def seeds(text):
     return [int(part) for part in text.split(",")]
 
 
+def model(text):
+    """One of the two that the sides are compared on."""
+    if text not in ("minilm", language.NAME):
+        raise argparse.ArgumentTypeError(f"is {text}, allowed: minilm, {language.NAME}")
+    return text
+
+
 OPTIONS = {  # name -> (kind, default, help)
     "rounds": (at_least_three, 5, "counted rounds (default: 5)"),
-    "task": (str, "mrpc", "as of train.py (default: mrpc)"),
+    "model": (model, "minilm", f"minilm, on a task; or {language.NAME}, on data/describe"),
+    "task": (str, None, "as of train.py (default: mrpc)"),
     "data_dir": (str, None, "as of train.py"),
     "seeds": (seeds, [0, 1, 2], "of the runs (default: 0,1,2)"),
 }
 BENCHMARKS = {  # name -> (function, the options that it takes)
-    "train": (training.train, ("rounds", "task", "data_dir")),
-    "memory": (training.memory, ("rounds", "task", "data_dir")),
+    "train": (training.train, ("rounds", "model", "task", "data_dir")),
+    "memory": (training.memory, ("rounds", "model", "task", "data_dir")),
+    "generate": (language.generate, ("rounds",)),
     "scale": (training.scale, ("rounds",)),
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
+    "base": (large.base, ("rounds",)),
+    "shard": (large.shard, ("rounds",)),
 }
+OF_LANGUAGE = {"train": language.train, "memory": language.memory}  # with --model smollm2-q4
 
 
 def parse(argv):
@@ -70,14 +86,27 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def chosen(args):
+    """(function, what it takes). ValueError: an option that would do nothing."""
+    function, options = BENCHMARKS[args.what]
+    given = {name: getattr(args, name) for name in options}
+    if given.pop("model", "minilm") != "minilm":
+        if args.task or args.data_dir:
+            raise ValueError(f"--task and --data-dir do nothing with --model {args.model}")
+        return OF_LANGUAGE[args.what], {"rounds": args.rounds}
+    if "task" in given:
+        given["task"] = args.task or "mrpc"
+    return function, given
+
+
 def main(argv=None):
     """Exit code: 0 done, 2 bad input."""
     args = parse(argv)
-    function, options = BENCHMARKS[args.what]
     picture = args.out / f"bench-{args.what}.png"
     try:
+        function, given = chosen(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        lines = function(picture=picture, **{name: getattr(args, name) for name in options})
+        lines = function(picture=picture, **given)
     except ImportError as error:
         print(f"tools.bench: {error}: pip install -r tests/peers/requirements.txt", file=sys.stderr)
         return 2

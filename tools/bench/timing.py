@@ -1,7 +1,8 @@
 """How the benchmarks take times: arms in turn, counted rounds, ratios of medians.
 
 All arms run in one process and take turns step by step, so that a machine whose speed drifts is
-fair to all of them. Round 0 warms up and is not counted.
+fair to all of them. Round 0 warms up and is not counted. On one thread (OMP_NUM_THREADS=1) seconds
+are the processor's, which other programs do not take away; on several they are the clock's.
 
 What this file does not do: measure memory (peak.py), know what it measures.
 """
@@ -27,14 +28,15 @@ def interleaved(arms, rounds):
     Raises:
         ValueError: lists of different length.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in arms}
     for i in range(rounds + 1):
         spent = dict.fromkeys(arms, 0.0)
         for steps in zip(*arms.values(), strict=True):
             for name, step in zip(arms, steps, strict=True):
-                start = time.perf_counter()
+                start = clock()
                 step()
-                spent[name] += time.perf_counter() - start
+                spent[name] += clock() - start
         for name in arms if i else ():
             seconds[name].append(spent[name])
     return seconds

@@ -21,7 +21,11 @@ from support.families import FAMILIES
 from tools.bench import peak, pictures, timing
 
 BATCH, STEPS = 16, 20
-PEER_TARGETS = {"bert": ["query", "value"], "opt": ["q_proj", "v_proj"]}
+PEER_TARGETS = {
+    "bert": ["query", "value"],
+    "opt": ["q_proj", "v_proj"],
+    "llama": ["q_proj", "v_proj"],
+}
 OURS, PEER = "ours", "transformers + PEFT"
 
 
@@ -35,12 +39,12 @@ def adapted(model):
     return model.train()
 
 
-def peft_model(peer, family):
+def peft_model(peer, family, task_type="SEQ_CLS"):
     """Theirs: the same, by PEFT's own functions."""
     import peft
 
     config = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=PEER_TARGETS[family], task_type="SEQ_CLS"
+        r=8, lora_alpha=16, target_modules=PEER_TARGETS[family], task_type=task_type
     )
     return peft.get_peft_model(peer, config).train()
 
@@ -176,14 +180,18 @@ def minilm_peak(side, task, data_dir):
 
 def memory(rounds, task, data_dir, picture):
     """Lines of the table; the picture goes to the path `picture`."""
+    return memory_table(minilm_peak, rounds, picture, task=task, data_dir=data_dir)
+
+
+def memory_table(measure, rounds, picture, **given):
+    """The same for any pair of sides: measure(side, **given) is a peak in MiB."""
     import peft
     import transformers
 
     peaks = {PEER: [], OURS: []}
     for _ in range(rounds):
         for side, values in peaks.items():
-            given = {"side": side, "task": task, "data_dir": data_dir}
-            values.append(peak.in_fresh_process(minilm_peak, **given))
+            values.append(peak.in_fresh_process(measure, side=side, **given))
     lines = ["| side | peak MiB above the loaded model |", "|---|---|"]
     shown = {side: timing.spread(values) for side, values in peaks.items()}
     lines += [f"| {side} | {timing.show(three, 0)} |" for side, three in shown.items()]

@@ -18,11 +18,14 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
         task, data_dir: as of train.py; with a task, its metrics on the development set too.
 
     Raises:
-        ValueError, OSError: see reading.read; OUT is not empty; see glue.load_task.
+        ValueError, OSError: see reading.read; a task, and no head in the folder; OUT is not empty;
+            see glue.load_task.
     """
     folder, out = Path(folder), Path(out)
     writing.refuse_filled(out)
     head = reading.read_folder(folder)[2]  # what the config alone refuses needs no model
+    if task and not head:
+        raise ValueError(f"{folder} holds no head: there is nothing to evaluate on {task}")
     labels = glue.TASKS[task].num_labels if task else reading.labels_of(head)
     model, tokenizer = load_pretrained(model_name, num_labels=labels)
     pairs, head = reading.read(folder, model)

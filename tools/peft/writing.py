@@ -7,6 +7,7 @@
                                ….lora_magnitude_vector, and use_dora                        (out,)
     scaling                    lora_alpha / r, by module: alpha_pattern / rank_pattern
     classifier, pooler, score  base_model.model.<HF path>.weight, and modules_to_save
+    no head: a language model  task_type CAUSAL_LM, else SEQ_CLS
 
 What is off is absent: PEFT refuses rank 0. GPT-2 has q, k and v in one matrix (d -> 3d): A is
 stacked and B block-diagonal, of rank r_q + r_k + r_v. Delta-LoRA is the adapter of rank <= 2r on
@@ -30,11 +31,15 @@ from support import adapter_file, download, hf_folder, run_folder
 from support.families import FAMILIES
 
 ROOT = "base_model.model."
-HEADS = {  # our module -> what PEFT's modules_to_save calls the module that it is in
+HEADS = {  # family -> {our module: what PEFT's modules_to_save calls the module that it is in}
+    **{name: {"score": "score"} for name, f in FAMILIES.items() if f.features["causal"]},
     "bert": {"classifier": "classifier", "pooler": "pooler"},
     "roberta": {"classifier": "classifier", "pooler": "classifier"},
-    "opt": {"score": "score"},
-    "gpt2": {"score": "score"},
+}
+HUB_IDS = {  # names of ours -> the same weights on the hub; the quantised ones are not there
+    "minilm": download.MINILM_REPO,
+    "smollm2": download.SMOLLM2_REPO,
+    "smollm2-q4": None,
 }
 
 
@@ -184,14 +189,15 @@ def padded(pairs):
     return result
 
 
-def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropout=0.0):
+def peft_files(pairs, head, family, base, pad=False, dropout=0.0):
     """A PEFT adapter: (content of adapter_config.json, tensors of adapter_model.safetensors).
 
     Args:
-        pairs: {our module: Pair}, of what is on. head: {our parameter: tensor}.
-        family: bert, roberta, opt or gpt2. base: hub id or path of the base model.
+        pairs: {our module: Pair}, of what is on.
+        head: {our parameter: tensor}; empty for a language model, whose head is not trained.
+        family: key of FAMILIES. base: hub id or path of the base model, or None.
         pad: one rank for all, for consumers that ignore rank_pattern and alpha_pattern.
-        task_type: "SEQ_CLS" or "CAUSAL_LM". dropout: lora_dropout, as trained.
+        dropout: lora_dropout, as trained.
 
     Raises:
         ValueError: no pair; or DoRA beside pairs that are not.
@@ -226,7 +232,7 @@ def peft_files(pairs, head, family, base, pad=False, task_type="SEQ_CLS", dropou
         "r": r,
         "rank_pattern": {name: p.r for name, p in paths.items() if p.r != r},
         "target_modules": sorted(paths),
-        "task_type": task_type,
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "use_rslora": False,
     } | ({"use_dora": True} if dora else {})
     tensors = {}
@@ -298,7 +304,7 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
     family = hf_folder.read_config(download.model_folder(name)).get("model_type")
-    base = download.MINILM_REPO if name == "minilm" else name
+    base = HUB_IDS.get(name, name)
     config, tensors = peft_files(pairs, head, family, base, pad, dropout=flags["lora_dropout"])
     write_peft(folder, config, tensors, Path(run) / "allocation.json")
     return config
