@@ -393,6 +393,6 @@ def test_examples_beside_their_references():
     asked = [texts.Prompt(f"p{i}", [], [f"r{i}", f"s{i}", "third"], 3) for i in range(7)]
     lines = writing.beside_references(asked, [f"w\n{i}" for i in range(7)]).split("\n")
     assert [line for line in lines if line.startswith("written")] == [
-        "written     w 0", "written     w 2", "written     w 4",
+        "written     w 0", "written     w 3", "written     w 6",
     ]  # fmt: skip
     assert lines[:4] == ["prompt      p0", "written     w 0", "reference   r0", "reference   s0"]
