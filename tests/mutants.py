@@ -52,6 +52,7 @@ LANGUAGE = "test_language_model.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
 ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
+TEXTS, TEXT_RUNS = "test_texts.py", "test_text_runs.py"
 LARGE = "test_large.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
 SECONDS = (
@@ -180,7 +181,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("delta_lora.py", "                delta_update_(layer", "                layer.base.weight.mul_(0.999)\n                delta_update_(layer", "weights decay", f"{DELTA}::test_one_step_by_hand"),
     ("delta_lora.py", "        if lazy:\n", "        for layer in self.layers.values():\n            layer.register_forward_hook(lambda m, _x, _h: m.base.weight.data.add_(1e-4 * m.delta_w().data) is None or None)\n        if lazy:\n", "update in forward", f"{DELTA}::test_weights_move_first_after_step_k_plus_2"),
     # ----------------------------------------------------------------------------------- train.py
-    ("train.py", "* (once * len(indices) / total)\n", "* once / len(group)\n", "micro-batches weigh alike", f"{TRAIN}::test_accumulation_equals_one_large_batch"),
+    ("train.py", "once * counted(examples) / total\n", "once / len(group)\n", "micro-batches weigh alike", f"{TRAIN}::test_accumulation_equals_one_large_batch"),
     ('train.py', 'lr * step / warmup', 'lr * (step + 1) / warmup', "warm-up starts above 0", f"{TRAIN}::test_learning_rates"),
     ("train.py", "if run.plan and run.plan.due(", "if run.plan and run.step == 0 and run.plan.due(", "dynamic is static", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("train.py", "run.optimizer.zero_grad(set_to_none=True)", "run.optimizer.zero_grad(set_to_none=False)", "zero gradients move what is off", f"{HETERO}::test_on_off_on_keeps_weights_and_moments"),
@@ -301,7 +302,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/reslora.py", "    every_token = True\n", "", "reslora: the last block at one position", f"{ADAPTERS2}::test_logits_equal_the_definition"),
     ("proxies.py", "each = {id(p): (a", "each = {object(): (a", "grasp: what is shared counts for each module", f"{ADAPTERS2}::test_grasp_takes_what_is_shared_once"),
     ("lora.py", "            if id(factor) not in seen:\n", "            if True:\n", "what is shared trains once for each module", f"{ADAPTERS2}::test_counts_are_exact"),
-    ("train.py", "args.budget_params, spent)", "args.budget_params)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
+    ("support/run.py", "run.plan.costs, budget, spent)", "run.plan.costs, budget)", "the table adds up prices of what is shared", f"{ADAPTERS2}::test_the_run_says_what_is_spent_with_what_is_shared_once"),
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
     ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
     ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
@@ -322,7 +323,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/checkpoint.py", "return len(value) == len(groups) and all(", "return all(", "an optimizer without its group", f"{DOORS}::test_wrong_content_gives_way_to_the_checkpoint_before"),
     ("support/hf_folder.py", 'found = re.search(r"GLOBAL', 'found = re.search(r"GLUBAL', "code is called damage", f"{DOORS}::test_a_pickle_with_code_is_called_that"),
     ("support/run_folder.py", "if stored.get(split, data[split]) != data[split]:", "if False:", "a run goes on with other data", f"{DOORS}::test_a_run_keeps_its_data"),
-    ("support/glue.py", 'e["token_type_ids"], e["label"])', 'e["token_type_ids"])', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
+    ("support/glue.py", 'e.get("token_type_ids"), e["label"])', 'e.get("token_type_ids"))', "labels are not in the fingerprint", f"{DOORS}::test_a_run_keeps_its_data"),
     ("support/glue.py", "        if len(row) != width:", "        if len(row) < width:", "a tab in a text shifts the columns", f"{GLUE}::test_broken_files_are_refused_with_file_and_line"),
     ("train.py", "    if model.fresh and not args.resume:", "    if model.fresh:", "a loaded head is called fresh", f"{DOORS}::test_eval_only_says_what_it_evaluates"),
     ('support/switches.py', 'if found["lora_switches"][1] or layer.locked:', 'if bool(found["lora_switches"][1]) != layer.locked:', "a merged weight under another's memory", f"{DOORS}::test_two_merged_models_do_not_exchange_state_dicts"),
@@ -402,6 +403,26 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/alora.py", "alpha = lora_alpha * places / r", "alpha = lora_alpha", "the scale of 2 r places", f"{ALLOCATORS}::test_places_that_are_closed_compute_nothing"),
     ("relatives/expressive_power.py", "A = torch.linalg.solve(below, Vh[piece], left=False)", "A = Vh[piece]", "the layers below are left out", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
     ("relatives/expressive_power.py", "        start += r\n", "", "every layer adds the first piece", f"{ALLOCATORS}::test_the_error_is_the_next_singular_value"),
+    # ------------------------------------------------------------------------------------ text tasks
+    ("support/texts.py", "label = ([-100] * len(prompt) + answer)", "label = (prompt + answer)", "the prompt is trained on", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
+    ("support/texts.py", "label = ([-100] * len(prompt) + answer)", "label = ([-100] * (len(prompt) + 1) + answer[1:])", "the first token of a target is not trained on", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
+    ("support/texts.py", "add_special_tokens=False).ids + ends[:1]", "add_special_tokens=False).ids", "no end of text is learnt", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
+    ("support/texts.py", "found.setdefault(prompt, []).extend(targets)", "found[prompt] = targets", "one reference a prompt, the last", f"{TEXTS}::test_references_are_grouped_by_prompt"),
+    ("support/texts.py", 'for s in ("dev", "test") if found.get(s)', 'for s in ("train", "dev", "test") if found.get(s)', "training rows are grouped", f"{TEXTS}::test_references_are_grouped_by_prompt"),
+    ("support/texts.py", "range(0, len(ids), length)", "range(0, len(ids), length - 1)", "windows overlap", f"{TEXTS}::test_windows"),
+    ("support/texts.py", "parts[i in dev].append(record)", "parts[i in dev].append(record), i in dev and parts[0].append(record)", "what is held out is trained on", f"{TEXTS}::test_a_tenth_of_the_instructions_is_held_out"),
+    ("support/texts.py", "if task.chat and form:", "if form:", "every task is asked in the chat template", f"{TEXTS}::test_instructions_are_asked_in_the_chat_template_where_there_is_one"),
+    ("support/prompts.py", "key=lambda token: token != own", "key=lambda token: token == own", "another end of text than the template's", f"{TEXTS}::test_the_end_of_text_is_the_one_of_the_template"),
+    ("support/glue.py", "label + [-100] * (t - len(label))", "label + [0] * (t - len(label))", "padding is trained on", f"{TEXTS}::test_a_batch_of_a_text_task"),
+    ("support/evaluation.py", "for token in label[1:])", "for token in label)", "the first token of a window is counted", f"{TEXTS}::test_perplexity_is_over_all_predicted_tokens"),
+    ("support/evaluation.py", "if not label_lists:", "if True:", "a step weighs by examples, not by tokens", f"{TEXT_RUNS}::test_a_step_is_of_the_mean_over_its_predicted_tokens"),
+    ("support/evaluation.py", "        terms += n\n", "        terms += len(part)\n        total += model(**batch).loss.item() * (len(part) - n)\n", "perplexity weighs by examples", f"{TEXTS}::test_perplexity_is_over_all_predicted_tokens"),
+    ("support/evaluation.py", 'if name == "loss" else', 'if name == "-" else', "the largest loss is the best", f"{TEXTS}::test_what_is_better"),
+    ("support/evaluation.py", "distributed.sum_numbers([total, float(terms)])", "[total, float(terms)]", "each process has a perplexity of its own", f"{TEXT_RUNS}::test_two_processes_equal_one"),
+    ("support/writing.py", "lowercase=True", "lowercase=False", "capitals count in BLEU", f"{TEXTS}::test_bleu_in_lower_case_over_all_references_of_a_prompt"),
+    ("support/writing.py", "for i in range(most)", "for i in range(1)", "BLEU against the first reference alone", f"{TEXTS}::test_bleu_in_lower_case_over_all_references_of_a_prompt"),
+    ("support/writing.py", "return [parts[i] for i in range(len(prompts))]", "return list(parts.values())", "answers beside other prompts", f"{TEXTS}::test_answers_are_those_of_each_prompt_alone"),
+    ("tools/generate.py", "if args.plain or task not in texts.TASKS:", "if True:", "a run is asked otherwise than it was trained", f"{TEXT_RUNS}::test_generate_asks_as_the_run_was_trained"),
     ("support/large.py", ' or module.endswith("norm")', "", "norms in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),
     ("support/large.py", '"lora_" in name or ', "", "pairs in bfloat16", f"{LARGE}::test_adapters_begin_as_beside_a_float32_base"),
     ("support/large.py", " or module in head", "", "a head that trains in bfloat16", f"{LARGE}::test_what_is_in_which_dtype"),

@@ -24,6 +24,8 @@ DELTA = "--preset lora --delta-ratio 0.5 --delta-start -1"
 OTHER = {
     "task": ("--task rte", ""),
     "data-dir": ("--data-dir OTHER", ""),
+    "train-records": ("--train-records 20", ""),
+    "eval-records": ("--eval-records 3", ""),
     "model": ("--model OTHER_MODEL", ""),
     "targets": ("--targets fc1", ""),
     "r": ("--r 3", ""),
@@ -176,7 +178,10 @@ def notes(text, examples=30, parameters=1000):
         model = tiny.model("bert", dtype=torch.float32)
         lora.inject(model, args.targets, args.r, shortcuts=lora.SHORTCUTS[args.shortcuts])
         lora.mark_trainable(model)
-        plan = train.make_plan(model, args)
+        how = train.named(
+            args, "r", "keep", "budget_params", "every", "ranking", "per_rank", "seed"
+        )
+        plan = train.runs.make_plan(model, mode=args.allocate, **how)
     return effects(args, examples=examples, parameters=parameters, plan=plan)
 
 
