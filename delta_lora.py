@@ -37,10 +37,10 @@ that two layers share.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lora import adapters
+from support import large
 
 
 def delta_update_(weight, new_A, new_B, old_A, old_B, coefficient):
@@ -85,11 +85,7 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} has a weight in {weight.dtype}: most increments would be rounded away, "
-                "hold it in float32"
-            )
+        large.refuse_to_move(name, weight)
         if weight.requires_grad:
             raise ValueError(f"{name} has a trainable weight: freeze it (lora.mark_trainable)")
         if len(owners[id(weight)]) > 1:
@@ -260,8 +256,8 @@ class DeltaLoRA:
 
         def add(_module, inputs, output):
             for A, B, c in self.terms(name):
-                thin = F.linear(inputs[0], A)  # (b, t, r)
-                output = output + F.linear(thin, c * B)  # (b, t, out)
+                thin = large.exact_linear(inputs[0], A)  # (b, t, r)
+                output = output + large.exact_linear(thin, c * B)  # (b, t, out)
             return output
 
         return add

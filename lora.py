@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import adapter_file, seeds, switches
+from support import adapter_file, large, seeds, switches
 from support.doors import refuse_adapted, refuse_foreign, refuse_merge, refuse_places
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "gate_proj")
@@ -79,9 +79,9 @@ class LoRALayer(nn.Module):
         # and drawn in float32 the same in every dtype.
         uniform = torch.rand(r, in_features, generator=generator)  # (r, in)
         bound = in_features**-0.5
-        like = getattr(base, "weight", uniform)  # dtype and device
-        self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(like))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(like))  # (out, r)
+        like = large.wide(getattr(base, "weight", uniform))  # device and dtype
+        self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(*like))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r).to(*like))  # (out, r)
         self.weight_before_merge = None
         self.locked = False  # it, or another module of the model, is merged
         self._enabled = True
@@ -243,9 +243,9 @@ def base_of(model, name):
 
 
 def put(model, name, layer):
-    """Set a module in its place, on the model's device and in its dtype."""
+    """Set a module in its place, on the model's device and in the dtype that it trains in."""
     block, _, place = name.rpartition(".")
-    setattr(model.get_submodule(block), place, layer.to(model.word_embeddings.weight))
+    setattr(model.get_submodule(block), place, large.placed(layer, model))
 
 
 def adapters(model):

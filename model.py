@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import download, families, generation, hf_folder, seeds
+from support import download, families, generation, hf_folder, large, seeds
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -86,6 +86,7 @@ class Config:
     head: str = "classification"  # classification | lm
     dropout: float = 0.0
     shortcut_norm: str = "none"  # none | reuse: LayerNorm once more after a cross-layer shortcut
+    base_dtype: str = "fp32"  # fp32 | bf16: of the frozen weights, and of what they multiply
 
     @classmethod
     def from_hf(cls, hf, **overrides):
@@ -346,6 +347,7 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------------------- transformer
 
 
+@large.in_base_dtype("embed", "encode", "predict")
 class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
@@ -410,12 +412,9 @@ class Transformer(nn.Module):
             raise ValueError(
                 "attention_mask must be ones, then zeros: this model pads on the right"
             )
-        if self.config.head == "lm":
-            read = None
-        elif self.config.causal:
-            read = mask.sum(1) - 1  # (b,) the last real token
-        else:
-            read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        read = mask.new_zeros(len(mask), dtype=torch.long)  # (b,) [CLS] or <s>
+        if self.config.causal:
+            read = mask.sum(1) - 1 if self.config.head != "lm" else None  # the last real token; all
         x = self.embed(input_ids, token_type_ids, inputs_embeds)
         h = self.encode(x, mask, read)
         if self.config.head == "lm" and labels is not None and self.training:
@@ -521,12 +520,13 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         dropout: float, replaces whatever the checkpoint was pretrained with.
         seed: int, for the parts of the head that the checkpoint lacks: weights are drawn from
             N(0, 0.02), biases are 0.
-        overrides: other fields of Config, for example shortcut_norm="reuse".
+        overrides: other fields of Config, for example shortcut_norm="reuse", base_dtype="bf16".
 
     Returns:
         (Transformer in float32 and train mode, tokenizers.Tokenizer that encodes pairs as the
         family does). model.fresh names the modules that were drawn; model.head those that are
-        trained for the task: the classifier always, a pooler only if it is fresh.
+        trained for the task: the classifier always, a pooler only if it is fresh. With base_dtype
+        "bf16" its frozen weights are in bfloat16 (support/large.py).
 
     Raises:
         ValueError: a config, tensor or tokenizer that does not fit, all of them listed.
@@ -551,4 +551,5 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     model.fresh = fresh
     if not config.pooler_in_head:  # a pooler that came is part of the backbone
         model.head = tuple(m for m in model.head if m != "pooler" or m in fresh)
+    large.cast_base(model, config.base_dtype)
     return model, tokenizer

@@ -42,7 +42,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import RESIDUALS, adapters
-from support import distributed
+from support import distributed, large
 from support.doors import refuse_batches, refuse_numbers
 
 WITHOUT_DATA = ("constant", "synflow")  # these read no batch
@@ -71,6 +71,7 @@ def score(name, model, batches):
     if name not in PROXIES:
         raise ValueError(f"unknown proxy {name!r}, allowed: {', '.join(PROXIES)}")
     refuse_unscorable(model, batches)
+    large.refuse_proxy(name, model)
     scores = PROXIES[name](model, batches)
     for module, value in scores.items():
         if not math.isfinite(value):
@@ -139,10 +140,10 @@ def mean_gradients(model, batches, parameters):
     with their number.
     """
     total = sum(loss_terms(model, batch) for batch in batches)
-    sums = [torch.zeros_like(p) for p in parameters]
-    for batch in distributed.share(batches):
+    sums = [torch.zeros_like(p, dtype=large.wide(p)[1]) for p in parameters]
+    for batch, once in distributed.shares(batches):
         # L = sum over batches of (their share of the examples) * (their mean loss)
-        loss = model(**batch).loss * (loss_terms(model, batch) / total)
+        loss = model(**batch).loss * (once * loss_terms(model, batch) / total)
         gradients = torch.autograd.grad(loss, parameters)
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
     return distributed.sum_tensors(sums)
@@ -276,12 +277,12 @@ def grasp(model, batches):
         g = mean_gradients(model, batches, factors)
         total = sum(loss_terms(model, batch) for batch in batches)
         hg = [torch.zeros_like(p) for p in factors]
-        for batch in distributed.share(batches):
-            loss = model(**batch).loss * (loss_terms(model, batch) / total)
+        for batch, once in distributed.shares(batches):
+            loss = model(**batch).loss * (once * loss_terms(model, batch) / total)
             first = torch.autograd.grad(loss, factors, create_graph=True)
             # H g = d (g . dL/dtheta) / dtheta, with g held constant
-            once = {id(p): (a * b).sum() for p, a, b in zip(factors, first, g, strict=True)}
-            inner = sum(once.values())  # what modules share is in it once
+            each = {id(p): (a * b).sum() for p, a, b in zip(factors, first, g, strict=True)}
+            inner = sum(each.values())  # what modules share is in it once
             second = torch.autograd.grad(inner, factors)
             hg = [a + b for a, b in zip(hg, second, strict=True)]
         hg = distributed.sum_tensors(hg)
@@ -307,13 +308,16 @@ def fisher(model, batches):
                 raise ValueError(f"fisher needs a lora_A that trains: {name} has none")
         factors = [layer.lora_A for layer in layers.values()]
         totals = [0.0] * len(factors)
-        for batch in distributed.share(batches):
-            for i in range(len(batch["labels"])):
-                example = {k: v[i : i + 1] for k, v in batch.items()}
-                gradients = torch.autograd.grad(model(**example).loss, factors)
-                for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
-                    # sum_k (A_k . dL_n/dA_k)^2
-                    totals[j] += (a * g).sum(1).square().sum().item()  # (r, in) -> (r,) -> number
+        examples = [
+            {k: v[i : i + 1] for k, v in b.items()}
+            for b in batches
+            for i in range(len(b["labels"]))
+        ]
+        for example, once in distributed.shares(examples):
+            gradients = torch.autograd.grad(model(**example).loss, factors)
+            for j, (a, g) in enumerate(zip(factors, gradients, strict=True)):
+                # sum_k (A_k . dL_n/dA_k)^2     (r, in) -> (r,) -> number
+                totals[j] += once * (a * g).sum(1).square().sum().item()
         totals = distributed.sum_numbers(totals)
         # S = 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2
         return {name: total / 2 / count for name, total in zip(layers, totals, strict=True)}
@@ -322,8 +326,8 @@ def fisher(model, batches):
 @torch.no_grad()
 def accuracy(model, batches):
     hits = 0
-    for batch in distributed.share(batches):
-        hits += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+    for batch, once in distributed.shares(batches):
+        hits += once * (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
     [hits] = distributed.sum_numbers([hits])
     return hits / sum(len(batch["labels"]) for batch in batches)
 

@@ -4,14 +4,16 @@ Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
 
     word       | meaning
     step       | one optimizer step, over --accumulate batches of --batch-size examples
-    loss       | mean over the examples of a step, whatever batches they came in
+    loss       | mean over the examples of a step, whatever batches they came in; of text tasks over
+               | all predicted tokens
     decision   | which modules are on: score, choose, switch; before a step, never inside one
     position   | epoch (finished ones), step_in_epoch, step (in all)
 
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: mixed precision, compile, search hyper-parameters.
+What this file does not do: compile, search hyper-parameters, load or shard a model (model.py,
+support/large.py).
 """
 
 import contextlib
@@ -29,11 +31,12 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import load_pretrained
-from relatives import METHODS, rank_budget, rank_steps, single_ranks
-from support import distributed, flags, glue, report, run_folder, seeds, terminal
+from relatives import METHODS, rank_steps, single_ranks
+from support import distributed, flags, glue, large, report, run_folder, seeds, tasks, terminal
+from support import evaluation as measures
 from support import run as runs
 from support.errors import one_line
-from support.evaluation import EVAL_BATCH_SIZE, batch_of, evaluate, evaluate_test
+from support.evaluation import EVAL_BATCH_SIZE, batch_of, better, counted, evaluate
 from support.run import CannotGoOn, Run
 from support.settings import effects
 
@@ -42,46 +45,35 @@ from support.settings import effects
 
 def set_up(args):
     """Load model and data, inject, build the optimizer. ValueError or OSError on bad input."""
-    device, task = distributed.pick_device(args.device), glue.TASKS[args.task]
-    texts, notes = glue.load_splits(args.task, args.data_dir, args.test, not args.eval_only)
-    model, tokenizer = load_pretrained(
-        args.model,
-        num_labels=task.num_labels,
-        dropout=args.dropout,
-        seed=args.seed,
-        shortcut_norm=args.shortcut_norm,
-    )
-    limit = model.config.max_positions
-    (train, dev, test), more = glue.encode_splits(texts, tokenizer, args.max_length, limit)
+    device, task = distributed.pick_device(args.device), tasks.TASKS[args.task]
+    decides = args.allocate in ("static", "dynamic")
+    splits, notes = tasks.load(args.task, args.data_dir, args.test, not args.eval_only, args.seed)
+    folder = tasks.model_folder(args.task, args.model, args.proxy if decides else "")
+    how = named(args, "dropout", "seed", "shortcut_norm", "base_dtype")
+    model, tokenizer = load_pretrained(str(folder), task.num_labels, task.head, **how)
+    how = named(args, "max_length", "train_records", "eval_records")
+    data, more = tasks.encode(args.task, splits, tokenizer, model.config, folder, **how)
     notes += more
     if model.fresh and not args.resume:
         notes.append(f"fresh head, not in the checkpoint: {', '.join(model.fresh)}")
     shortcuts = lora.SHORTCUTS[args.shortcuts]
     allocator = METHODS["allocator"].get(args.allocate)
     if args.targets or shortcuts:
-        lora.inject(
-            model,
-            args.targets,
-            r=args.r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            shortcuts=shortcuts,
-            shortcut_alpha=args.shortcut_alpha,
-            seed=args.seed,
-            when_off=args.when_off,
-            adapter=allocator.adapter if allocator else METHODS["adapter"][args.adapter],
-        )
+        kind = allocator.adapter if allocator else METHODS["adapter"][args.adapter]
+        how = named(args, "r", "lora_alpha", "lora_dropout", "shortcut_alpha", "seed", "when_off")
+        lora.inject(model, args.targets, shortcuts=shortcuts, adapter=kind, **how)
     lora.mark_trainable(model)
-    model.to(device)
+    notes += large.place(model, device, args.shard == "yes", args.resume)
     # For dropout, other masks in each process; everything else has a generator of its own.
     torch.manual_seed(args.seed + 1_000_003 * distributed.rank())
     dynamic_ranks = args.per_rank == "yes" and args.allocate == "dynamic"
     by_rank = dynamic_ranks or (allocator and allocator.single_ranks)
     ranks = rank_steps.RankSteps(model) if by_rank else None
     optimizer = make_optimizer(model, args, ranks)
-    run = Run(args, task, model, optimizer, train, dev, test, device, notes, ranks=ranks)
-    if args.allocate in ("static", "dynamic"):
-        run.plan, run.proxy = make_plan(model, args), args.proxy
+    run = Run(args, task, model, tokenizer, optimizer, *data, device, notes, ranks=ranks)
+    if decides:
+        how = named(args, "r", "keep", "budget_params", "every", "ranking", "per_rank", "seed")
+        run.plan, run.proxy = runs.make_plan(model, mode=args.allocate, **how), args.proxy
     if args.delta_ratio:
         lazy = args.delta_lazy == "yes"
         if args.delta_start is None:
@@ -90,6 +82,11 @@ def set_up(args):
     run.allocator = allocator and allocator(model, **around_steps(run))
     run.around = [x for x in (run.delta, run.allocator, run.ranks) if x]
     return run
+
+
+def named(args, *names):
+    """These flags alone, for a function that takes them by name."""
+    return {name: getattr(args, name) for name in names}
 
 
 def make_optimizer(model, args, ranks=None):
@@ -114,26 +111,6 @@ def around_steps(run):
     }
 
 
-def make_plan(model, args):
-    """The schedule of decisions. ValueError where none can be taken."""
-    if args.proxy.startswith("alpha_test") and model.config.num_labels == 1:
-        raise ValueError(f"--proxy {args.proxy} needs accuracy, and task {args.task} has scores")
-    counts = lora.count_trainable(model)
-    if args.per_rank == "yes" and args.allocate == "dynamic":
-        costs = {name: counts[name] // args.r for name in lora.adapters(model)}
-        rank_budget.refuse_less_than_one_each(costs, args.budget_params)
-    return allocate.Reallocator(
-        {name: counts[name] for name in lora.adapters(model)},
-        mode=args.allocate,
-        keep=args.keep,
-        budget=args.budget_params,
-        every=args.every,
-        together=args.ranking == "together",
-        generator=seeds.generator(args.seed, "allocation"),
-        parts=args.r if args.per_rank == "yes" else 1,
-    )
-
-
 # --------------------------------------------------------------------------------------- a decision
 
 
@@ -154,13 +131,8 @@ def decide(run):
         raise CannotGoOn(f"step {run.step}: {error}") from error
     seconds = time.monotonic() - started
     run.score_seconds += seconds
-    layers = lora.adapters(model).items()
-    levels = {n: (a.r - len(a.ranks_off)) / args.r * a.enabled for n, a in layers}
     tqdm.write(f"step {run.step}: {args.proxy} chose")
-    spent = runs.counts(model)[0]
-    tqdm.write(allocate.grid(levels, run.plan.costs, args.budget_params, spent))
-    runs.log(run, "score", step=run.step, parameters=spent, seconds=seconds)
-    runs.write_history(run)
+    tqdm.write(runs.note_decision(run, args.r, seconds))
 
 
 def score(run, batches):
@@ -199,12 +171,13 @@ def learning_rate(step, total, lr, schedule, warmup):
 
 def train_step(run, group, lr):
     """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
-    total = sum(map(len, group))
+    total = sum(counted([run.train[i] for i in indices]) for indices in group)
     loss = 0.0
-    for indices in filter(None, map(distributed.share, group)):
-        batch = batch_of(run.model, [run.train[i] for i in indices])
-        # mean over the step = sum of batch means, each weighted by its share of the examples
-        part = run.model(**batch).loss * (len(indices) / total)
+    for indices, once in map(distributed.part, group):
+        examples = [run.train[i] for i in indices]
+        # mean over the step = sum of batch means, each weighted by its share of what is counted
+        weight = once * counted(examples) / total
+        part = run.model(**batch_of(run.model, examples)).loss * weight
         part.backward()
         loss += part.item()
     parameters = list(lora.training_now(run.model).values())
@@ -256,7 +229,7 @@ def train(run):
                 seen += sum(map(len, group))
                 rate = seen / (time.monotonic() - epoch_started)
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:.3g} examples/s", refresh=False)
                 if run.step % args.log_every == 0:
                     change = {"weight_change": run.delta.weight_change()} if run.delta else {}
                     runs.log(run, "train", step=run.step, epoch=run.epoch, loss=loss, **change)
@@ -267,8 +240,7 @@ def train(run):
             run.epoch, run.step_in_epoch = run.epoch + 1, 0
             run.last = evaluate(run.model, run.task, run.dev)
             run.seconds = seconds_before + time.monotonic() - started
-            headline = run.task.metrics[0]
-            if run.best is None or run.last[headline] > run.best[headline]:
+            if run.best is None or better(run.task, run.last, run.best):
                 run.best = {**run.last, "epoch": run.epoch}
             runs.log(run, "eval", step=run.step, epoch=run.epoch, **run.last)
             bar.write(f"epoch {run.epoch}: {report.show(run.last)}")
@@ -301,16 +273,10 @@ def prepare(args, stack):
         lines = runs.resume(run, *where, steps, rebuild)
     if not args.eval_only:
         parameters = sum(lora.count_trainable(run.model).values())
-        sizes = {"examples": len(run.train), "parameters": parameters, "plan": run.plan}
-        run.notes += effects(args, **sizes)
-    if args.resume and writes:
-        run.folder = Path(args.resume)
-        run_folder.truncate_log(run.folder, lines)
-        if run.plan and run.plan.history:
-            runs.write_history(run)
-    elif writes:
-        folder = Path(args.out or f"runs/{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.folder = run_folder.create(folder, stack, flags.stored(args), data)
+        run.notes += effects(args, examples=len(run.train), parameters=parameters, plan=run.plan)
+    if writes:
+        new = {"out": args.out, "name": args.task, "stored": flags.stored(args), "data": data}
+        runs.enter_folder(run, stack, resume=args.resume, **new, lines=lines)
     return run
 
 
@@ -337,7 +303,7 @@ def main(argv=None):
             if distributed.rank():
                 stack.enter_context(terminal.silent())  # the first process alone speaks
             with distributed.together():
-                args = flags.parse_flags(argv)
+                args = flags.parse_flags(argv, tasks.default)
                 run = prepare(args, stack)
         except (ValueError, OSError) as error:
             print(f"train.py: {one_line(error, 600)}", file=sys.stderr)
@@ -351,14 +317,9 @@ def main(argv=None):
 
 
 def evaluate_only(run):
-    """--eval-only: the metrics of a run as it stands, and of what."""
-    where = (run.args.task, run.args.data_dir)
-    print(f"{len(run.dev)} examples of {glue.source(*where, 'dev')}")
-    print(report.show(evaluate(run.model, run.task, run.dev)))
-    evaluate_test(run)
-    if run.test_metrics:
-        print(f"{len(run.test)} examples of {glue.source(*where, 'test')}")
-        print(f"test: {report.show(run.test_metrics)}")
+    """--eval-only: the metrics of a run, or of a model, as it stands, and of what."""
+    source = functools.partial(tasks.source, run.args.task, run.args.data_dir)
+    print(measures.as_it_stands(run, source))
 
 
 def carry_out(run):
@@ -369,19 +330,19 @@ def carry_out(run):
     if args.dry_run:
         print(dry_run(run))
         return
+    print(measures.of_untouched(run), end="")
     with terminal.stop_on_signal(run):
         train(run)
     run.stop = distributed.sum_numbers([run.stop or run.asked_to_stop])[0] > 0
     if run.stop:
         return
-    evaluate_test(run)
+    print(measures.at_the_end(run), end="")
     if distributed.rank() == 0:
-        control = None
-        if run.plan:
-            spent = runs.counts(run.model)[0]
-            control = flags.equal_budget_control(args, spent, run.plan.costs)
-        beside = glue.baselines(args.task, args.data_dir)
+        spent = runs.counts(run.model)[0]
+        control = run.plan and flags.equal_budget_control(args, spent, run.plan.costs)
+        beside = glue.baselines(args.task, args.data_dir) if not args.eval_records else {}
         print(runs.finish(run, flags.describe(args), control, beside))
+        print(measures.examples(run), end="")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The twelve exercises of docs/exercises.md: copy this file, and write its functions in order.
+"""The fourteen exercises of docs/exercises.md: copy this file, and write its functions in order.
 
     python -m tools.oracle check --only lora_forward --candidate exercises.py
 
@@ -64,4 +64,14 @@ def delta_adapter(lora_A, lora_B, lora_alpha, ratio, start):
 
 def short_run(layers, batches, settings):
     """12. {"losses": …, "on": …, "adapters": …, "weights": …}."""
+    raise NotImplementedError
+
+
+def dora(x, weight, bias, lora_A, lora_B, lora_magnitude, lora_alpha, grad):
+    """13. {"y": …, and dL/d of "x", "lora_A", "lora_B", "lora_magnitude"}; grad = dL/dy."""
+    raise NotImplementedError
+
+
+def riemannian_step(lora_A, lora_B, gradient, lora_alpha, lr, delta):
+    """14. {"lora_A": (r, in), "lora_B": (out, r), "product": (out, in)} after the step."""
     raise NotImplementedError

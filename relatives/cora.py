@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lora import LoRALayer
+from support import large
 
 PLACES = ("q_proj", "k_proj", "v_proj")
 
@@ -40,7 +41,7 @@ def common_subspace(weights, r):
     U = torch.linalg.svd(torch.cat([w.double() for w in weights], 1), full_matrices=False)[0]
     U = U[:, :r]  # (d, r)
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # (1, r)
-    return (U * largest.sign()).to(weights[0])
+    return (U * largest.sign()).to(*large.wide(weights[0]))
 
 
 class CoRATrained(LoRALayer):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALayer
+from support import large
 
 
 class DoRA(LoRALayer):
@@ -36,7 +37,7 @@ class DoRA(LoRALayer):
 
     def __init__(self, base, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
-        magnitude = base.weight.detach().norm(dim=1)  # (out,)
+        magnitude = base.weight.detach().to(*large.wide(base.weight)).norm(dim=1)  # (out,)
         if not magnitude.all():
             raise ValueError(
                 f"row {int((magnitude == 0).nonzero()[0])} of a weight is zero: DoRA has no "
@@ -58,7 +59,8 @@ class DoRA(LoRALayer):
         """m / ||V||, (out,); the norm is a constant to autograd."""
         with torch.no_grad():
             # ||V||, V = W + scaling * B A, row by row
-            norm = (self.weight() + self.scaling * (B @ A)).norm(dim=1)  # (out,)
+            v = self.weight() + self.scaling * (B @ A)  # (out, in)
+            norm = v.norm(dim=1, dtype=self.lora_magnitude.dtype)  # (out,)
         m = self.lora_magnitude if self.enabled else self.lora_magnitude.detach()
         return m / norm
 

@@ -22,25 +22,27 @@ import torch
 from torch import nn
 
 from lora import LoRALayer
+from support import large
 
 DEVIATION = 1e-5  # of the entries of R at the start
 
 
 def singular_pair(weight, r):
-    """(U_r (out, r), S_r V_r^T (r, in)) of a weight (out, in), in its dtype.
+    """(U_r (out, r), S_r V_r^T (r, in)) of a weight (out, in), in its dtype (bfloat16: float32).
 
     Raises:
         ValueError: the weight has fewer than r singular values that are not zero.
     """
     # W = U S V^T
     U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    smallest = S[0] * max(weight.shape) * torch.finfo(weight.dtype).eps
+    device, dtype = large.wide(weight)
+    smallest = S[0] * max(weight.shape) * torch.finfo(dtype).eps
     rank = int((smallest < S).sum())
     if r > rank:
         raise ValueError(f"r is {r}, and a weight has rank {rank}: LoRA-XS needs r up to that")
     U, A = U[:, :r], S[:r, None] * Vh[:r]  # (out, r), (r, in)
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # (1, r)
-    return (U * sign).to(weight), (A * sign.T).to(weight)
+    return (U * sign).to(device, dtype), (A * sign.T).to(device, dtype)
 
 
 class LoRAXS(LoRALayer):
@@ -60,7 +62,7 @@ class LoRAXS(LoRALayer):
         self.lora_A = nn.Parameter(A, requires_grad=False)  # (r, in)
         self.lora_B = nn.Parameter(B, requires_grad=False)  # (out, r)
         R = DEVIATION * torch.randn(r, r, generator=generator)  # (r, r)
-        self.lora_R = nn.Parameter(R.to(base.weight))
+        self.lora_R = nn.Parameter(R.to(A))
 
     def factors(self):
         return {"lora_R": self.lora_R}

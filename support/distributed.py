@@ -6,6 +6,10 @@ Every process holds the whole model and takes the same steps on its share of eac
 exchanged is sums: of the gradients of what trains, once a step; of the gradients and counts that
 scores are made of; and predictions. The sums have the same bits on every process.
 
+All processes call the model equally often, and the same way: where its base is sharded
+(support/large.py), each call is an exchange. Whoever has less to do than another repeats an item,
+with weight 0, while it would only have waited.
+
     what                 | travels by
     objects, messages    | gloo, out of the CPU's memory, whatever the model is on
     tensors on the CPU   | gloo
@@ -14,7 +18,8 @@ scores are made of; and predictions. The sums have the same bits on every proces
 The first process alone speaks and writes, and its exit code is the run's. With one process every
 function here returns what it is given.
 
-What this file does not do: shard a model or an optimizer, start processes (torchrun does).
+What this file does not do: shard a model (support/large.py) or an optimizer, start processes
+(torchrun does).
 """
 
 import contextlib
@@ -127,6 +132,30 @@ def exchange(collective, *args, **options):
 def share(items):
     """This process's part of a list: every world-th item, so that shares are alike in length."""
     return items[rank() :: world()]
+
+
+def even(items):
+    """share(items), as long on every process: where it lacks one, the first item stands in."""
+    mine = share(items)
+    return mine if len(mine) * world() >= len(items) else [*mine, items[0]]
+
+
+def shares(items):
+    """Yields (item, weight) of this process's share, equally many on every process.
+
+    The weight is 1, and 0 for an item that another process has as well.
+    """
+    mine = share(items)
+    for item in mine:
+        yield item, 1
+    if len(mine) * world() < len(items):
+        yield items[0], 0
+
+
+def part(indices):
+    """(share(indices), 1); where that is empty, (the first index, 0)."""
+    mine = share(indices)
+    return (mine, 1) if mine else (indices[:1], 0)
 
 
 def sum_tensors(tensors):

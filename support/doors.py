@@ -12,6 +12,8 @@ What this file does not do: check files (hf_folder.py, form.py) or flags (settin
 
 import torch
 
+from support import large
+
 
 def refuse_foreign(model, places):
     """Raises ValueError where a model has no blocks with these places."""
@@ -72,6 +74,7 @@ def refuse_merge(layers, chosen):
     for name, layer in chosen.items():
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
+        large.refuse_merge(name, layer.base.weight, next(iter(layer.factors().values())))
         if layer.lora_dropout and layer.training:
             raise ValueError(
                 f"{name} has lora_dropout {layer.lora_dropout} in train mode: call model.eval()"

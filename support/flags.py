@@ -18,7 +18,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import glue, run_folder
+from support import large, run_folder, tasks
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -80,8 +80,14 @@ def names(*allowed):
 
 
 FLAGS = {  # name: (type, default, help)
-    "task": (one_of(*glue.TASKS), "paraphrase", f"one of {', '.join(glue.TASKS)}"),
-    "data-dir": (str, None, "folder with GLUE's train.tsv and dev.tsv; without it, the hub"),
+    "task": (
+        one_of(*tasks.TASKS),
+        tasks.DEFAULT,
+        f"one of {', '.join(tasks.TASKS)}; with a causal model: {tasks.DEFAULT_CAUSAL}",
+    ),
+    "data-dir": (str, None, "folder with the task's files, GLUE's TSVs or text; else the hub"),
+    "train-records": (number(int, 1), None, "the first so many of the training set, not all"),
+    "eval-records": (number(int, 1), None, "the first so many to evaluate on, not all"),
     "model": (str, "minilm", "minilm, smollm2, smollm2-q4, a folder, a .gguf file, or a hub id"),
     "targets": (
         names(*lora.LINEARS),
@@ -167,6 +173,16 @@ FLAGS = {  # name: (type, default, help)
         "no",
         "yes = leave the weights alone, add the same change in the forward pass",
     ),
+    "base-dtype": (
+        one_of(*large.DTYPES),
+        "fp32",
+        "of the frozen weights; bf16 = bfloat16, and float32 for what trains",
+    ),
+    "shard": (
+        one_of("yes", "no"),
+        "no",
+        "yes = under torchrun, every process keeps a part of each block's frozen weights",
+    ),
     "epochs": (number(int, 1), 3, "passes over the training data"),
     "batch-size": (number(int, 1), 16, "examples in one forward pass"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
@@ -179,12 +195,19 @@ FLAGS = {  # name: (type, default, help)
     "max-length": (
         number(int, 8),
         None,
-        "tokens of a pair, longer ones are truncated (default: 128, or what the model has)",
+        "tokens of an example, longer ones are truncated (default: the task's, 128 for pairs; or "
+        "what the model has)",
     ),
     "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
     "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
     "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
+}
+OF_TEXT = {  # defaults of a task that is written text: a causal model, a few dear steps
+    "epochs": 1,
+    "batch_size": 8,
+    "lr": 2e-3,
+    "warmup": 10,
 }
 RELEASED = {  # the authors' MRPC runs with shortcuts (OPT-350M)
     "targets": ["q_proj", "v_proj"],
@@ -215,8 +238,14 @@ PRESETS = {
 RESUMABLE = ("resume", "eval_only", "test", "device", "data_dir")
 
 
-def parse_flags(argv):
-    """Command line -> namespace; with --resume the flags come from that run."""
+def parse_flags(argv, task_of=None):
+    """Command line -> namespace; with --resume the flags come from that run.
+
+    Args:
+        argv: list of words, None = those of the program.
+        task_of: function (name of a model) -> its task where none is given, as tasks.default, which
+            looks at the model; None = the same for every model.
+    """
     about = "Train HeteroLoRA, Delta-LoRA or LoRA on a pretrained transformer."
     parser = Parser(prog="train.py", description=about, allow_abbrev=False)
     for name, (kind, default, text) in FLAGS.items():
@@ -247,11 +276,13 @@ def parse_flags(argv):
     found, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
     given = vars(found)
-    defaults = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
     if given["resume"] is None:
-        if given["eval_only"]:
+        task = given.get("task")
+        if task is None and task_of and "model" in given:
+            task = task_of(given["model"])
+        args = {**defaults(task), **PRESETS.get(given["preset"], {}), **given}
+        if given["eval_only"] and tasks.TASKS[args["task"]].head != "lm":
             raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
-        args = {**defaults, **PRESETS.get(given["preset"], {}), **given}
         refuse_conflicts(given, args)
         return types.SimpleNamespace(**args)
     for name in given:
@@ -261,6 +292,13 @@ def parse_flags(argv):
             )
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
+
+
+def defaults(task=None):
+    """dict of every flag's default; a task that is written text has a few of its own."""
+    found = {name.replace("-", "_"): default for name, (_, default, _) in FLAGS.items()}
+    found["task"] = task or found["task"]
+    return {**found, **(OF_TEXT if tasks.TASKS[found["task"]].head == "lm" else {})}
 
 
 def refuse_unknown(words, known):
@@ -377,7 +415,7 @@ def equal_budget_control(args, spent, costs):
         del control["shortcut_alpha"]
     given = {"task": args.task}
     about_allocation = ("keep", "budget-params", "per-rank", "when-off", "every", "score-batches")
-    for name, (_, default, _) in FLAGS.items():
+    for name, default in ((n, defaults(args.task)[n.replace("-", "_")]) for n in FLAGS):
         value = control.get(name.replace("-", "_"), default)
         left_out = (*about_allocation, "ranking", "proxy", "out", "device")
         if value != default and name not in left_out:

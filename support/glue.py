@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Task:
     labels: tuple
     metrics: tuple
     hub_columns: tuple
+    head: ClassVar[str] = "classification"
     dev: str = "dev.tsv"
     hub_dev: str = "validation"
     test: str = "test.tsv"
@@ -375,7 +377,8 @@ def fingerprint(examples):
     """What tells encoded examples from others: their number, and SHA-256 of ids and labels."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(repr((e["input_ids"], e["token_type_ids"], e["label"])).encode())
+        parts = (e["input_ids"], e.get("token_type_ids"), e["label"])
+        digest.update(repr(parts).encode())
     return {"examples": len(examples), "sha256": digest.hexdigest()}
 
 
@@ -386,14 +389,14 @@ def collate(examples, pad_token_id, token_types, device="cpu"):
     """Encoded examples -> one batch, padded on the right to its longest.
 
     Args:
-        examples: list of dicts as encode gives them.
+        examples: list of dicts as encode, or texts.encode, gives them.
         pad_token_id: int.
         token_types: bool, whether the model tells the two texts apart (BERT).
         device: where the batch goes.
 
     Returns:
-        dict of tensors: input_ids, attention_mask (b, t); labels (b,); token_type_ids (b, t) or
-        absent.
+        dict of tensors: input_ids, attention_mask (b, t); labels (b,), of a text task (b, t);
+        token_type_ids (b, t) or absent.
     """
     b, t = len(examples), max(len(e["input_ids"]) for e in examples)
     input_ids = torch.full((b, t), pad_token_id)
@@ -401,12 +404,16 @@ def collate(examples, pad_token_id, token_types, device="cpu"):
     for i, example in enumerate(examples):
         n = len(example["input_ids"])
         input_ids[i, :n] = torch.tensor(example["input_ids"])
-        types[i, :n] = torch.tensor(example["token_type_ids"])
         attention_mask[i, :n] = 1
+        if token_types:
+            types[i, :n] = torch.tensor(example["token_type_ids"])
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if token_types:
         batch["token_type_ids"] = types
-    batch["labels"] = torch.tensor([e["label"] for e in examples])
+    labels = [e["label"] for e in examples]
+    if isinstance(labels[0], list):  # of a text task, one for each token; -100 = not predicted
+        labels = [label + [-100] * (t - len(label)) for label in labels]
+    batch["labels"] = torch.tensor(labels)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

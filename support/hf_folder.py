@@ -30,6 +30,7 @@ import torch
 from tokenizers import processors
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
+from support import large
 from support.errors import one_line, shown
 from support.families import FAMILIES
 
@@ -259,7 +260,8 @@ def convert(tensors, config, expected, head):
         head: tuple of our modules that may be missing as a whole.
 
     Returns:
-        (dict our name -> float32 tensor, tuple of the head modules that are missing).
+        (dict our name -> tensor, tuple of the head modules that are missing). The tensors are
+        float32; with config.base_dtype "bf16" those of the frozen base are bfloat16.
 
     Raises:
         ValueError: lists what is missing, unexpected, misshapen, or not dense, floating-point and
@@ -284,7 +286,8 @@ def convert(tensors, config, expected, head):
             problems.append(f"{theirs} has shape {shapes}")
         elif not tensor.isfinite().all():
             problems.append(f"{theirs} ({stored.dtype}) is not finite in float32")
-        state[ours] = tensor.contiguous().clone()
+        kept = "fp32" if large.stays_wide(ours, head) else config.base_dtype
+        state[ours] = tensor.to(large.DTYPES[kept]).contiguous().clone()
     absent = [n for n in expected if hf_name(family, n) not in tensors]
     whole = {m: [n for n in expected if n.rpartition(".")[0] == m] for m in head}
     fresh = tuple(m for m, names in whole.items() if set(names) <= set(absent))

@@ -24,6 +24,7 @@ def table(
     folder,
     control,
     baselines,
+    untouched=None,
 ):
     """The last lines of a run.
 
@@ -37,16 +38,20 @@ def table(
         folder: the run folder.
         control: (command, parameters) of the run to compare with, or None.
         baselines: dict name -> accuracy on the same data; may be empty.
+        untouched: metrics of the model before the first step, or None.
     """
     rows = {
         "method": method,
         "trainable": f"{adapters:,} in adapters + {head:,} in the head",
         "stored": f"{stored:,} in adapters: what is on, and what has learned and is off",
+        "untouched": show(untouched or {}),
         "final": show(last),
         "best": f"{show(best)} (epoch {best['epoch']})",
     }
     if stored == adapters:
         del rows["stored"]
+    if not untouched:
+        del rows["untouched"]
     if baselines:
         rows["beside it"] = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     if test:

@@ -7,6 +7,7 @@ checkpoint.py, adapter_file.py).
 """
 
 import dataclasses
+import time
 import types
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import torch
 import allocate
 import lora
 from delta_lora import DeltaLoRA
-from relatives import rank_steps, single_ranks
-from support import checkpoint, distributed, glue, report, run_folder
+from relatives import rank_budget, rank_steps, single_ranks
+from support import checkpoint, distributed, report, run_folder, seeds
 
 
 class CannotGoOn(RuntimeError):
@@ -34,12 +35,14 @@ class Run:
     """All that the loop needs; what changes in it is what a checkpoint stores."""
 
     args: types.SimpleNamespace  # the flags, for train.py alone
-    task: glue.Task
+    task: object  # glue.Task, or texts.Task
     model: torch.nn.Module
+    tokenizer: object
     optimizer: torch.optim.Optimizer
     train: list | None  # encoded examples; None with --eval-only
     dev: list
     test: list | None  # with labels, and asked for
+    prompts: dict  # split -> prompts that are answered (texts.Prompt); {} where nothing is written
     device: torch.device
     notes: list  # lines for the person who started the run
     proxy: str = ""  # what the plan's scores come from
@@ -56,6 +59,7 @@ class Run:
     last: dict | None = None
     test_metrics: dict | None = None
     test_predictions: str | None = None
+    written: dict = dataclasses.field(default_factory=dict)  # split -> the answers to its prompts
     seconds: float = 0.0
     score_seconds: float = 0.0  # of these, spent on decisions
     asked_to_stop: bool = False  # this process was, by Ctrl-C or SIGTERM
@@ -76,6 +80,69 @@ def write_history(run):
     budget = {"keep": plan.keep} if plan.budget is None else {"parameters": plan.budget}
     content = {"proxy": run.proxy, "mode": plan.mode, "budget": budget, "costs": plan.costs}
     run_folder.write_json(run.folder / "allocation.json", {**content, "history": plan.history})
+
+
+def make_plan(model, *, mode, r, keep, budget_params, every, ranking, per_rank, seed):
+    """The schedule of decisions over a model's adapters, allocate.Reallocator.
+
+    Args:
+        model: with adapters of rank r. mode: static or dynamic.
+        keep, budget_params, every, ranking, per_rank, seed: as the flags of these names.
+
+    Raises:
+        ValueError: no decision can be taken within the budget.
+    """
+    counts = lora.count_trainable(model)
+    costs = {name: counts[name] for name in lora.adapters(model)}
+    if per_rank == "yes" and mode == "dynamic":
+        of_one = {name: cost // r for name, cost in costs.items()}
+        rank_budget.refuse_less_than_one_each(of_one, budget_params)
+    return allocate.Reallocator(
+        costs,
+        mode=mode,
+        keep=keep,
+        budget=budget_params,
+        every=every,
+        together=ranking == "together",
+        generator=seeds.generator(seed, "allocation"),
+        parts=r if per_rank == "yes" else 1,
+    )
+
+
+def enter_folder(run, stack, *, resume, out, name, stored, data, lines):
+    """Give a run its folder: the one that it goes on in, or a new one.
+
+    Args:
+        stack: contextlib.ExitStack that holds the lock of a new folder.
+        resume: the folder of the run that goes on, or None. out: a new one, or None: by its name.
+        name: str, of the task. stored: dict of flags; data: dict split -> fingerprint.
+        lines: int, of the log that are kept of a run that goes on.
+
+    Raises:
+        OSError: it is not empty, in use, or cannot be written.
+    """
+    if not resume:
+        folder = Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.folder = run_folder.create(folder, stack, stored, data)
+        return
+    run.folder = Path(resume)
+    run_folder.truncate_log(run.folder, lines)
+    if run.plan and run.plan.history:
+        write_history(run)
+
+
+def note_decision(run, r, seconds):
+    """Log a decision that took so many seconds, write the history -> what is on, as a grid.
+
+    Args:
+        r: int, the rank that modules were injected with.
+    """
+    layers, budget = lora.adapters(run.model).items(), run.plan.budget
+    levels = {n: (a.r - len(a.ranks_off)) / r * a.enabled for n, a in layers}
+    spent = counts(run.model)[0]
+    log(run, "score", step=run.step, parameters=spent, seconds=seconds)
+    write_history(run)
+    return allocate.grid(levels, run.plan.costs, budget, spent)
 
 
 def save(run):
@@ -165,6 +232,17 @@ def resume(run, folder, data, seed, evaluating, steps, rebuild):
     return stored["log_lines"]
 
 
+def beside_prompts(run):
+    """{split: list of dicts: a prompt, what was written after it, its references}."""
+    return {
+        split: [
+            {"prompt": prompt.text, "written": text, "references": prompt.references}
+            for prompt, text in zip(run.prompts[split], written, strict=True)
+        ]
+        for split, written in run.written.items()
+    }
+
+
 def finish(run, method, control, baselines):
     """Write the adapter and the last line of the log.
 
@@ -177,8 +255,13 @@ def finish(run, method, control, baselines):
     """
     pairs = run.delta.export() if run.delta else None
     lora.save_adapter(run.model, run.folder, pairs)
+    if run.written:
+        run_folder.write_json(run.folder / "written.json", beside_prompts(run))
     adapters, head, stored = counts(run.model)
-    if not any(line["event"] == "done" for line in run_folder.read_log(run.folder)):
+    lines = run_folder.read_log(run.folder)
+    first = next((line for line in lines if line["event"] == "eval" and line["step"] == 0), None)
+    untouched = first and {name: first[name] for name in run.last if name in first}
+    if not any(line["event"] == "done" for line in lines):
         log(
             run,
             "done",
@@ -187,6 +270,7 @@ def finish(run, method, control, baselines):
             test=run.test_metrics,
             test_predictions=run.test_predictions,
             best=run.best,
+            **({"untouched": untouched} if untouched else {}),
             trainable={"adapters": adapters, "head": head},
             stored=stored,
             seconds=round(run.seconds, 2),
@@ -197,6 +281,7 @@ def finish(run, method, control, baselines):
         adapters=adapters,
         stored=stored,
         head=head,
+        untouched=untouched,
         last=run.last,
         best=run.best,
         test=run.test_metrics,

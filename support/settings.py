@@ -22,6 +22,7 @@ import lora
 import proxies
 from relatives import rank_scores
 from relatives.incompatible import refuse_incompatible
+from support import large
 
 READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
 EPSILON = 1e-8  # of AdamW, beside the root of the second moment
@@ -46,7 +47,7 @@ def refuse_conflicts(given, args):
             raise ValueError(f"--{useless[0].replace('_', '-')} needs {what}")
     if "keep" in given and a.budget_params is not None:
         raise ValueError("--keep and --budget-params are two budgets: give one")
-    for wrong, message in (*contradictions(a), *of_training(a)):
+    for wrong, message in (*contradictions(a), *of_training(a), *of_large(a)):
         if wrong:
             raise ValueError(message)
     refuse_incompatible(args)
@@ -148,6 +149,28 @@ def of_training(a):
             0 < a.clip < EPSILON,
             f"--clip {a.clip:g} is below AdamW's epsilon {EPSILON:g}, which would swallow every "
             "step; 0 = no clipping",
+        ),
+    )
+
+
+def of_large(a):
+    """(whether, message) as contradictions, of a base in 16 bits or one that is sharded."""
+    moves = a.delta_ratio != 0 and a.delta_lazy == "no"
+    scored = a.allocate in ("static", "dynamic") and a.proxy in large.READ_WHOLE
+    return (
+        (
+            moves and a.base_dtype == "bf16",
+            "--delta-ratio with --base-dtype bf16 needs --delta-lazy yes: a weight in bfloat16 "
+            "would round most of each increment away",
+        ),
+        (
+            moves and a.shard == "yes",
+            "--delta-ratio with --shard yes needs --delta-lazy yes: no process has a whole weight "
+            "that it could move",
+        ),
+        (
+            a.shard == "yes" and scored,
+            f"--proxy {a.proxy} does not go with --shard yes: {large.READ_WHOLE.get(a.proxy)}",
         ),
     )
 

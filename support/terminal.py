@@ -42,11 +42,16 @@ def warnings_as_notes():
         yield
 
 
-class Watched(list):
+def watched(batches, what):
     """Batches that show a bar while they are read, where that takes more than a second."""
+    return tqdm(batches, what, delay=1, leave=False, unit="batch")
+
+
+class Watched(list):
+    """Batches that are watched while they are scored, as often as they are read."""
 
     def __iter__(self):
-        return iter(tqdm(list(super().__iter__()), "scoring", delay=1, leave=False, unit="batch"))
+        return iter(watched(list(super().__iter__()), "scoring"))
 
     def __getitem__(self, index):
         found = super().__getitem__(index)

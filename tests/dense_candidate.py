@@ -1,7 +1,7 @@
 """A candidate for the oracle that shares no formula with the files that it judges.
 
 Closed forms, dense matrices, brute force, AdamW written out, in place of lora.py, proxies.py,
-allocate.py and delta_lora.py.
+allocate.py and delta_lora.py. The relatives' functions are in dense_relatives.py.
 
 A transformer's forward pass is tests/dense.py (matrices, one example at a time); only the weights
 are sorted into a model.Transformer by tools/oracle/ours.py, as a container. The small network's
@@ -15,6 +15,32 @@ import torch
 
 import dense
 import lora
+from dense_relatives import (  # noqa: F401  part of the candidate
+    adalora,
+    adalora_keep,
+    adalora_penalty,
+    adalora_schedule,
+    adalora_scores,
+    adamw_,
+    alora_exchange,
+    alora_importance,
+    asymmetry,
+    condlora,
+    cora,
+    dora,
+    lora_pro,
+    lora_rite,
+    lora_xs,
+    loraplus,
+    prolora,
+    reslora,
+    riemannian,
+    riemannian_step,
+    sbora_fa,
+    sbora_fb,
+    tied,
+    weight_change,
+)
 from tools.oracle import ours
 
 
@@ -127,15 +153,6 @@ def within_budget(scores, costs, budget):
             if value > best_value:
                 best, best_value = chosen, value
     return set(best)
-
-
-def adamw_(p, g, state, lr, weight_decay, betas, eps):
-    """AdamW (arXiv 1711.05101, Algorithm 2) written out: a new p; state is [t, m, v]."""
-    (b1, b2), (t, m, v) = betas, state
-    t, m, v = t + 1, b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-    state[:] = t, m, v
-    step = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
-    return p - lr * weight_decay * p - lr * step
 
 
 def delta_lora(weight, lora_A, lora_B, lora_alpha, x, y, ratio, start, steps, adamw):

@@ -1,4 +1,4 @@
-"""docs/exercises.md and docs/exercises.py: twelve functions, and the commands that grade them."""
+"""docs/exercises.md and docs/exercises.py: fourteen functions, and the commands that grade them."""
 
 import ast
 import inspect
@@ -25,13 +25,13 @@ def headings():
     return {int(number): text for number, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def test_there_are_twelve_in_the_order_of_the_page():
+def test_there_are_fourteen_in_the_order_of_the_page():
     blank = [node for node in ast.parse(BLANK.read_text()).body if hasattr(node, "name")]
-    assert [node.name for node in blank] == NAMES and len(NAMES) == 12
-    assert list(headings()) == list(range(1, 13))
+    assert [node.name for node in blank] == NAMES and len(NAMES) == 14
+    assert list(headings()) == list(range(1, 15))
 
 
-@pytest.mark.parametrize("number", range(1, 13))
+@pytest.mark.parametrize("number", range(1, 15))
 def test_each_has_idea_signature_hint_and_command(number):
     text, name = headings()[number], NAMES[number - 1]
     signature = f"{name}{inspect.signature(getattr(ours, name))}"

@@ -9,6 +9,7 @@ import torch
 import lora
 import tiny
 from support import generation
+from support import prompts as prompting
 from test_causal import llama_folder
 from tools import generate as program
 
@@ -273,9 +274,9 @@ def test_pieces_of_text_join_to_the_whole():
             return bytes(ids).decode("utf-8", errors="replace")
 
     whole = "aéb€"
-    pieces = list(program.texts(Tokenizer(), torch.tensor(list(whole.encode()))))
+    pieces = list(program.pieces(Tokenizer(), torch.tensor(list(whole.encode()))))
     assert "".join(pieces) == whole and not any("�" in piece for piece in pieces)
-    cut = list(program.texts(Tokenizer(), torch.tensor([97, 0xC3])))
+    cut = list(program.pieces(Tokenizer(), torch.tensor([97, 0xC3])))
     assert "".join(cut) == "a�"
 
 
@@ -289,7 +290,7 @@ def test_pieces_of_text_join_to_the_whole():
 )
 def test_a_template_that_fails_is_one_line(template, message):
     with pytest.raises(ValueError, match=message):
-        program.render(template, "x", {})
+        prompting.render(template, "x", {})
 
 
 @pytest.mark.parametrize(

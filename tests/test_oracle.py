@@ -12,11 +12,24 @@ import pytest
 import torch
 
 import dense_candidate
-from tools.oracle import causes, check, golden, ours, wrong_runs
+from tools.oracle import (
+    causes,
+    causes_adapters,
+    causes_rules,
+    check,
+    golden,
+    ours,
+    ours_adapters,
+    ours_rules,
+    wrong_runs,
+)
 from tools.oracle.__main__ import GOLDEN, main
 
 CASES = {content["name"]: (content, tensors) for content, tensors in golden.read(GOLDEN)}
 FUNCTIONS = list(dict.fromkeys(content["function"] for content, _ in CASES.values()))
+
+
+RELATIVES = [f for f in FUNCTIONS if hasattr(ours_adapters, f) or hasattr(ours_rules, f)]
 
 
 def right_answer(name):
@@ -161,6 +174,67 @@ def test_each_mistake_alone_is_noticed_and_named(function):
             assert row.reason == f"likely: {cause}{raised}", (row.content["name"], cause)
 
 
+@pytest.mark.parametrize("function", RELATIVES)
+def test_each_case_of_the_relatives_matters(function):
+    """It shows some mistake as no other case of its function does: at all, or in shape alone."""
+    shown = {}
+    for name, (content, tensors) in CASES.items():
+        if content["function"] == function:
+            row, shown[name] = check.Row(content, tensors, "float64"), set()
+            expected = golden.restore(content["expected"], tensors)
+            for cause, wrong in row.mistakes().items():
+                answer = function, row.arguments(), check.attempt(wrong), expected
+                error, _ = check.result_error(*answer)
+                if error > row.tolerance:
+                    shown[name].add((cause, error < math.inf))
+    shown.pop("riemannian_step-turned", None)  # for test_a_riemannian_step_does_not_see_the_basis
+    for name, own in shown.items():
+        assert own.difference(*(other for n, other in shown.items() if n != name)), name
+
+
+def test_a_riemannian_step_does_not_see_the_basis():
+    """Of (A, B) and (R A, B R^-1) the product after the step is one; the factors are not."""
+    steps = [right_answer(f"riemannian_step{end}") for end in ("", "-turned")]
+    (given, one), (turned, other) = steps
+    before = [a["lora_B"] @ a["lora_A"] for a in (given, turned)]
+    assert torch.equal(*before) and not torch.equal(given["lora_A"], turned["lora_A"])
+    assert check.error_of(one["product"], other["product"])[0] < 1e-13
+    plain = "not preconditioned"
+    wrong = [dict(causes.riemannian_step(**a))[plain]()["product"] for a in (given, turned)]
+    assert check.error_of(*wrong)[0] > 0.1
+
+
+def test_the_relatives_written_out_are_right_without_a_mistake():
+    """The loops and changes of W in which the mistakes are made, with none of them."""
+    for name, (content, _) in CASES.items():
+        function, (given, expected) = content["function"], right_answer(name)
+        if function in ("loraplus", "riemannian", "lora_pro", "lora_rite"):
+            got = written_out(function, **given)
+        elif function == "weight_change":
+            rest = {k: v for k, v in given["given"].items() if k != "lora_alpha"}
+            changes = causes_adapters.wrong_changes(given["method"], **given["given"])
+            got = changes[wrong_runs.NO_MISTAKE](rest)
+        elif function == "reslora" and given["kind"] != "block":
+            s = given.pop("lora_alpha") / len(given["blocks"][0]["lora_A"])
+            got = causes_adapters.wrong_chain(**given, s=s, mistake=wrong_runs.NO_MISTAKE)
+        else:
+            continue
+        assert check.error_of(got, expected)[0] < 1e-10, name
+
+
+def written_out(function, adamw, ratio=1, delta=0, **given):
+    """Steps of a rule by causes_rules.py."""
+    none, s = wrong_runs.NO_MISTAKE, given["lora_alpha"] / len(given["lora_A"])
+    if function == "lora_rite":
+        return causes_rules.rite_steps(none, adamw=adamw, **given)
+    rules = {
+        "riemannian": causes_rules.preconditioner(delta),
+        "lora_pro": causes_rules.pro_rule(s),
+    }
+    rates = {"adamw": adamw, "rates": (1, ratio)}
+    return causes_rules.adamw_steps(none, rule=rules.get(function), **rates, **given)
+
+
 @pytest.mark.parametrize(
     ("functions", "words"),
     [
@@ -188,6 +262,20 @@ def test_each_mistake_alone_is_noticed_and_named(function):
         (["keep_top"], "all at the cut are kept (>= cut)"),
         (["keep_top"], "ceil for both counts"),
         (["keep_top", "within_budget"], "chosen by |score|"),
+        (["dora", "weight_change"], "the norm is over the wrong axis: columns, not rows"),
+        (["dora"], "the norm is over the wrong axis, and not detached"),
+        (["dora"], "the norm is not detached"),
+        (["lora_rite"], "clipped before a gradient is set to 0, not after"),
+        (["lora_rite"], "the whole step of a factor is skipped where its rms is above 1"),
+        (["lora_pro"], "bias correction is one step ahead, counted from 2, as published"),
+        (["lora_pro"], "scale 2 whatever lora_alpha / r is, as published"),
+        (["prolora", "weight_change"], "rolled along the features"),
+        (["adalora_keep"], "all ties at the cut are dropped"),
+        (["adalora_scores"], "w of after the step with the gradient of before"),
+        (["adalora", "weight_change"], "scale lora_alpha / (r + 1e-5)"),
+        (["loraplus"], "A and B swapped"),
+        (["riemannian"], "B's metric is that of the new A, as published"),
+        (["reslora"], "the first block takes its own input twice, as published"),
     ],
 )
 def test_mistakes_that_were_seen_have_a_name(functions, words):
@@ -327,7 +415,7 @@ def test_nonsense_is_refused_in_one_line(tmp_path, capsys):
         ([str(GOLDEN), "--candidate", str(broken)], "cannot be imported"),
         ([str(GOLDEN), "--candidate", str(tmp_path / "none.py")], "is no Python file"),
         ([str(tmp_path), "--candidate", str(own)], "holds no cases"),
-        (["--candidate", str(own), "--only", "snap"], "allowed: lora_backward"),
+        (["--candidate", str(own), "--only", "snap"], "allowed: adalora, "),
     ):
         assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err

@@ -24,6 +24,8 @@ DELTA = "--preset lora --delta-ratio 0.5 --delta-start -1"
 OTHER = {
     "task": ("--task rte", ""),
     "data-dir": ("--data-dir OTHER", ""),
+    "train-records": ("--train-records 20", ""),
+    "eval-records": ("--eval-records 3", ""),
     "model": ("--model OTHER_MODEL", ""),
     "targets": ("--targets fc1", ""),
     "r": ("--r 3", ""),
@@ -46,6 +48,8 @@ OTHER = {
     "delta-ratio": ("--delta-ratio 2", DELTA),
     "delta-start": ("--delta-start 1", DELTA),
     "delta-lazy": ("--delta-lazy yes", DELTA),
+    "base-dtype": ("--base-dtype bf16", ""),
+    "shard": ("--shard yes", ""),
     "epochs": ("--epochs 2", ""),
     "batch-size": ("--batch-size 4", ""),
     "accumulate": ("--accumulate 2", ""),
@@ -94,6 +98,10 @@ IDLE = [
     ("--delta-lazy yes", "", "--delta-lazy needs --delta-ratio"),
     ("--delta-ratio -1", "", "--delta-ratio -1 takes out of the weights"),
     ("--delta-ratio 1", "--targets none", "--delta-ratio needs --targets"),
+    ("--base-dtype bf16", DELTA, "--base-dtype bf16 needs --delta-lazy yes: a weight in bfloat16"),
+    ("--shard yes", DELTA, "--shard yes needs --delta-lazy yes: no process has a whole weight"),
+    ("--shard yes", "--proxy synflow", "--proxy synflow does not go with --shard yes: it copies"),
+    ("--shard yes", "--proxy grasp", "--proxy grasp does not go with --shard yes: its second"),
     ("--lr 0", "", "--lr 0 trains nothing"),
     ("--weight-decay 100", "--lr 0.01", "would erase every parameter"),
     ("--clip 1e-30", "", "--clip 1e-30 is below AdamW's epsilon"),
@@ -170,7 +178,10 @@ def notes(text, examples=30, parameters=1000):
         model = tiny.model("bert", dtype=torch.float32)
         lora.inject(model, args.targets, args.r, shortcuts=lora.SHORTCUTS[args.shortcuts])
         lora.mark_trainable(model)
-        plan = train.make_plan(model, args)
+        how = train.named(
+            args, "r", "keep", "budget_params", "every", "ranking", "per_rank", "seed"
+        )
+        plan = train.runs.make_plan(model, mode=args.allocate, **how)
     return effects(args, examples=examples, parameters=parameters, plan=plan)
 
 

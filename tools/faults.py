@@ -31,6 +31,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.utils.serialization  # else the first torch.save loads it, and counts more calls
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,6 +42,7 @@ from support import checkpoint, glue, run_folder
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
     "heterolora": "--allocate dynamic --every 0.4 --score-batches 2",
+    "tied": "--preset lora --adapter tied --dropout 0.1",
     "lora_pro": "--preset lora --optimizer lora_pro",
     "adalora": "--allocate adalora --shortcuts none --every 0.2",
     "alora": "--allocate alora --shortcuts none --every 0.4 --score-batches 1",

@@ -3,16 +3,14 @@
     --run DIR         the model of a run, with what the run trained
     --model NAME      a model as it is (minilm's kind cannot write): a name, folder or GGUF file
     --no-adapter      the model of the run without what the run trained: what training did
-    --plain           the prompt as it is; else the model's chat template, where it has one
-
-A chat template is a Jinja program that comes with the model. It runs in Jinja's sandbox, which lets
-it make text and nothing else; jinja2 comes with torch.
+    --plain           the prompt as it is; else it is asked as the run was trained to be asked (of a
+                      text task: a meaning representation, an instruction), or in the model's chat
+                      template, where it has one
 
 What this file does not do: choose tokens (support/generation.py), keep a conversation.
 """
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 
@@ -23,53 +21,40 @@ sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
 from model import load_pretrained  # noqa: E402
-from support import download, generation, hf_folder, run_folder, seeds  # noqa: E402
-from support.errors import one_line  # noqa: E402
+from support import download, generation, prompts, run_folder, seeds, texts  # noqa: E402
 
 
 def load(args):
-    """(model in eval mode, tokenizer, chat template or None, special tokens by their names)."""
+    """(model in eval mode, tokenizer, form and ends as in prompts.py, the run's task or None)."""
     flags = run_folder.read_config(args.run) if args.run else {"model": args.model}
     name = flags.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{args.run}/config.json names no model: not a run of train.py")
-    norm = flags.get("shortcut_norm", "none")
-    model, tokenizer = load_pretrained(name, head="lm", shortcut_norm=norm)
+    how = {key: flags[key] for key in ("shortcut_norm", "base_dtype") if key in flags}
+    model, tokenizer = load_pretrained(name, head="lm", **how)
     if args.run and not args.no_adapter:
         lora.load_adapter(model, args.run)
-    template, options = hf_folder.read_chat_template(download.model_folder(name))
-    specials = {}
-    for key in ("bos_token", "eos_token"):
-        token = options.get(key) or ""
-        specials[key] = token["content"] if isinstance(token, dict) else token
-    return model.eval(), tokenizer, template, specials
+    form, specials = prompts.read_form(download.model_folder(name))
+    ends = prompts.ends_of(tokenizer, model.config.eos_token_ids, specials)
+    return model.eval(), tokenizer, form, ends, flags.get("task")
 
 
-def render(template, prompt, specials):
-    """The prompt as the model's chat template puts it, up to where the answer begins.
+def ids_of(args, tokenizer, form, ends, task):
+    """The tokens of the prompt: as the run was trained, else in the chat template, or as it is.
 
     Raises:
-        ValueError: the template is no Jinja, or does not take a single message of a user.
+        ValueError: the template fails, or nothing is left.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **specials
-        )
-    except Exception as error:  # Jinja's, or any that the template's own program raises
-        raise ValueError(f"the chat template fails: {one_line(error)}; try --plain") from error
+    if args.plain or task not in texts.TASKS:
+        ids = prompts.ids_of(tokenizer, args.prompt, None if args.plain else form, ends)
+    else:
+        ids = texts.prompt_ids(task, args.prompt, tokenizer, form, ends)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one word")
+    return ids
 
 
-def texts(tokenizer, tokens):
+def pieces(tokenizer, tokens):
     """Yields the text of new tokens, piece by piece; joined they are the text of all of them.
 
     A character that is cut between two tokens waits for the second.
@@ -86,15 +71,8 @@ def texts(tokenizer, tokens):
 
 def write(args):
     """Print what the model writes. ValueError or OSError on bad input."""
-    model, tokenizer, template, specials = load(args)
-    if template and not args.plain:  # it has the special tokens in it
-        ids = tokenizer.encode(
-            render(template, args.prompt, specials), add_special_tokens=False
-        ).ids
-    else:
-        ids = tokenizer.encode(args.prompt).ids
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one word")
+    model, tokenizer, form, ends, task = load(args)
+    ids = ids_of(args, tokenizer, form, ends, task)
     prompt = torch.tensor([ids])  # (1, t)
     limit = min(args.max_new_tokens, model.config.max_positions - len(ids))
     if args.num_beams > 1:
@@ -103,7 +81,7 @@ def write(args):
         return
     rng = seeds.generator(args.seed, "generation") if args.temperature else None
     new = generation.stream(model, prompt, limit, None, args.temperature, args.top_p, generator=rng)
-    for piece in texts(tokenizer, new):
+    for piece in pieces(tokenizer, new):
         print(piece, end="", flush=True)
     print()
 
@@ -118,7 +96,7 @@ def main(argv=None):
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="smollm2, smollm2-q4, a folder, a .gguf file or a hub id")
     parser.add_argument("--no-adapter", action="store_true", help="without what the run trained")
-    parser.add_argument("--plain", action="store_true", help="without the chat template")
+    parser.add_argument("--plain", action="store_true", help="the prompt as it is")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="default 100")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="the nucleus, default 1 = all")

@@ -1,4 +1,4 @@
-"""PEFT and transformers as a candidate for the oracle: LoRA layers, logits, zero-cost proxies.
+"""PEFT and transformers as a candidate for the oracle: LoRA and DoRA layers, logits, proxies.
 
     python -m tools.oracle check --candidate tests/peers/peft_candidate.py
 
@@ -17,14 +17,15 @@ from transformers.pytorch_utils import Conv1D
 ATTENTION = {"attn_implementation": "sdpa"}  # OPT's eager attention computes in float32
 
 
-def peft_layer(weight, bias, lora_A, lora_B, lora_alpha, transposed):
+def peft_layer(weight, bias, lora_A, lora_B, lora_alpha, transposed, **more):
     """PEFT's own layer around nn.Linear, or around transformers' Conv1D."""
     inner, outer = (weight.shape) if transposed else weight.T.shape
     base = Conv1D(outer, inner) if transposed else torch.nn.Linear(inner, outer)
     base = base.to(weight.dtype)
     base.weight.data.copy_(weight)
     base.bias.data.copy_(bias)
-    config = peft.LoraConfig(r=len(lora_A), lora_alpha=lora_alpha, fan_in_fan_out=transposed)
+    how = {"r": len(lora_A), "lora_alpha": lora_alpha, "fan_in_fan_out": transposed}
+    config = peft.LoraConfig(**how, **more)
     layer = Linear(
         base,
         "default",
@@ -56,6 +57,17 @@ def merge(weight, lora_A, lora_B, lora_alpha, transposed):
     layer = peft_layer(weight, bias, lora_A, lora_B, lora_alpha, transposed)
     layer.merge()
     return layer.get_base_layer().weight.detach()
+
+
+def dora(x, weight, bias, lora_A, lora_B, lora_magnitude, lora_alpha, grad):
+    layer = peft_layer(weight, bias, lora_A, lora_B, lora_alpha, False, use_dora=True)
+    magnitude = layer.lora_magnitude_vector.default.weight
+    magnitude.data = lora_magnitude.clone()
+    x = x.clone().requires_grad_(True)
+    y = layer(x)
+    y.backward(grad)
+    pair = {k: getattr(layer, k).default.weight.grad for k in ("lora_A", "lora_B")}
+    return {"y": y.detach(), "x": x.grad, **pair, "lora_magnitude": magnitude.grad}
 
 
 def build(config, weights, adapters):

@@ -9,6 +9,8 @@
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
     relatives  what each method of relatives/ costs beside LoRA
+    base       a base in bfloat16 beside one in float32: time and memory of a training step
+    shard      a base that is spread over two processes beside a whole one: memory of a process
 
 How times are taken is in timing.py, how memory is measured in peak.py. The peers
 (tests/peers/requirements.txt) are needed for train, memory, scale and generate.
@@ -20,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, language, relatives, score, training
+from tools.bench import delta, language, large, relatives, score, training
 
 
 def at_least_three(text):
@@ -60,6 +62,8 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
     "relatives": (relatives.relatives, ("rounds",)),
+    "base": (large.base, ("rounds",)),
+    "shard": (large.shard, ("rounds",)),
 }
 OF_LANGUAGE = {"train": language.train, "memory": language.memory}  # with --model smollm2-q4
 

@@ -4,7 +4,8 @@ A function here has the name and the arguments of one of ours.py, and yields (ca
 is what a candidate with that mistake, and no other, returns or raises. check.py compares a
 candidate's wrong answer with each of them.
 
-Scores and training, which several functions share, are in wrong_scores.py and wrong_runs.py.
+Scores and training, which several functions share, are in wrong_scores.py and wrong_runs.py; the
+functions of the relatives in causes_adapters.py and causes_rules.py.
 
 What this file does not do: compute the right answer (ours.py), or judge (check.py).
 """
@@ -16,30 +17,43 @@ import torch
 import allocate
 import lora
 from tools.oracle import ours, wrong_runs
+from tools.oracle.causes_adapters import (  # noqa: F401  of functions of the interface
+    adalora,
+    asymmetry,
+    condlora,
+    cora,
+    dora,
+    lora_xs,
+    prolora,
+    reslora,
+    sbora_fa,
+    sbora_fb,
+    tied,
+    weight_change,
+)
+from tools.oracle.causes_rules import (  # noqa: F401  of functions of the interface
+    adalora_keep,
+    adalora_penalty,
+    adalora_schedule,
+    adalora_scores,
+    alora_exchange,
+    alora_importance,
+    lora_pro,
+    lora_rite,
+    loraplus,
+    riemannian,
+    riemannian_step,
+)
+from tools.oracle.mistakes import call, scales
 from tools.oracle.wrong_runs import DELTA_MISTAKES, NO_MISTAKE, RUN_MISTAKES, STEP_MISTAKES
 from tools.oracle.wrong_scores import (
     RULES,
     by_rank,
-    call,
     combined,
     gradients,
     score_mistakes,
     scored,
 )
-
-
-def scales(lora_alpha, r):
-    """{cause: wrong scaling}."""
-    return {
-        "scale lora_alpha instead of lora_alpha / r": lora_alpha,
-        "scale lora_alpha / sqrt(r), as rsLoRA": lora_alpha / math.sqrt(r),
-        "scale lora_alpha // r, rounded down": lora_alpha // r,
-        "scale r / lora_alpha": r / lora_alpha,
-        "no scale": 1.0,
-        "scale applied twice": (lora_alpha / r) ** 2,
-        "the low-rank branch is missing": 0.0,
-    }
-
 
 # ----------------------------------------------------------------------------------- one LoRA layer
 

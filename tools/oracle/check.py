@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tools.oracle import causes, golden, ours
+from tools.oracle import causes, golden, ours, ours_adapters, ours_rules
 from tools.oracle.cases import PROXY_TEXTS
 
 ROUNDING = 1e-5  # an error that float32 alone can make
@@ -343,9 +343,12 @@ def load_candidate(path):
 
 
 def interface_functions():
-    """{name: function} a candidate may define: those of ours.py that have mistakes in causes.py."""
-    own = {name: f for name, f in vars(ours).items() if inspect.isfunction(f)}
-    return {n: f for n, f in own.items() if f.__module__ == ours.__name__ and hasattr(causes, n)}
+    """{name: function} a candidate may define: those that have mistakes in causes.py."""
+    found = {}
+    for module in (ours, ours_adapters, ours_rules):
+        own = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
+        found |= {n: f for n, f in own.items() if f.__module__ == module.__name__}
+    return {n: f for n, f in found.items() if hasattr(causes, n)}
 
 
 def interface():
@@ -354,7 +357,9 @@ def interface():
     parts = [introduction]
     for name, function in interface_functions().items():
         text = inspect.getdoc(function).replace("\n", "\n    ")
-        parts.append(f"{name}{inspect.signature(function)}\n    {text}")
+        signature = f"{name}{inspect.signature(function)}"
+        signature = textwrap.fill(signature, 100, subsequent_indent=" " * (len(name) + 1))
+        parts.append(f"{signature}\n    {text}")
     formulas = "The proxies of scores; o is entry by entry, H the Hessian, theta all of A and B:"
     for name, formula in PROXY_TEXTS.items():
         text = textwrap.fill(formula, 76, initial_indent=" " * 24, subsequent_indent=" " * 24)

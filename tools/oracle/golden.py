@@ -7,7 +7,7 @@
 
 The same export gives the same bytes.
 
-What this file does not do: choose the cases (cases.py), compare (check.py).
+What this file does not do: choose the cases (cases.py, cases_relatives.py), compare (check.py).
 """
 
 import copy
@@ -19,10 +19,9 @@ import safetensors.torch
 import torch
 
 from support import hf_folder
-from tools.oracle import causes, ours
-from tools.oracle.cases import all_cases
+from tools.oracle import cases, cases_relatives, causes, ours
 
-CHOICES = ("keep_top", "within_budget")  # functions that return a set of names
+CHOICES = ("keep_top", "within_budget", "adalora_keep")  # functions that return a set of names
 FIELDS = ("name", "function", "what", "dtypes", "tolerance", "arguments", "expected")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -63,10 +62,10 @@ def expectation(case):
         return {"product": found["lora_B"] @ found["lora_A"], "largest rank": largest_rank}
     if case.function == "within_budget":
         return {"sum of scores": math.fsum(arguments["scores"][n] for n in found)}
-    if case.function == "keep_top":
+    if case.function in ("keep_top", "adalora_keep"):
         scores = arguments["scores"]
         cut = min(scores[n] for n in found)
-        if not arguments["together"]:
+        if not arguments.get("together", True):
             return {"must": sorted(found), "may": [], "count": len(found)}
         must, may = ([n for n in scores if f(scores[n])] for f in (cut.__lt__, cut.__eq__))
         return {"must": sorted(must), "may": sorted(may), "count": len(found)}
@@ -80,16 +79,17 @@ def export(folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     try:
-        for case in (cases := all_cases()):
+        for case in (every := [*cases.all_cases(), *cases_relatives.all_cases()]):
             tensors = {}
+            arguments = flatten(case.arguments, "arguments", tensors)
             content = {
                 "name": case.name,
                 "function": case.function,
                 "what": case.about,
                 "reference": case.reference,
-                "dtypes": list(DTYPES if case.function not in CHOICES else ["float64"]),
+                "dtypes": list(DTYPES if tensors else ["float64"]),
                 "tolerance": case.tolerance,
-                "arguments": flatten(case.arguments, "arguments", tensors),
+                "arguments": arguments,
                 "expected": flatten(expectation(case), "expected", tensors),
             }
             path = folder / f"{case.name}.json"
@@ -99,7 +99,7 @@ def export(folder):
                 path.with_suffix(".safetensors").write_bytes(stored)
     finally:
         torch.set_num_threads(threads)
-    return len(cases)
+    return len(every)
 
 
 def read(folder, only=None):

@@ -12,7 +12,7 @@ NotImplementedError, is reported as "not offered".
     weight        (out, in), as torch.nn.Linear stores it, except where `transposed` says otherwise
     a score       a Python number, or a tensor of one element; larger = keep
 
-The functions come in four groups. A candidate takes what it has.
+The functions come in six groups. A candidate takes what it has.
 
 ONE LAYER. lora_forward, lora_backward and merge: y = W x + b + scaling B A x.
 
@@ -46,43 +46,61 @@ y is the output of the block. A pair that is absent contributes nothing; the fir
 shortcut_ffn. A batch is a dict with input_ids, attention_mask (padding on the right), labels and,
 for BERT, token_type_ids.
 
+RELATED METHODS. dora, asymmetry, lora_xs, prolora, sbora_fa, sbora_fb, adalora, tied, condlora,
+cora and reslora: other forms of the branch. One layer, or one place in several blocks, gets an
+input x and grad = dL/dy, and returns its output and the gradients of x and of what trains, each
+under the name of the argument. weight_change: what each of them adds to W.
+
+RULES AND BUDGETS. loraplus, riemannian, lora_pro and lora_rite: steps of an optimizer for one pair,
+with the gradients given. riemannian_step: one without moments. adalora_schedule, adalora_scores,
+adalora_penalty and adalora_keep; alora_importance and alora_exchange.
+
 What this file does not do: compare (check.py), choose inputs (cases.py).
 """
 
 import copy
-import types
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import allocate
 import lora
 import proxies
 from delta_lora import DeltaLoRA
-from model import Config, Output, Transformer
+from model import Config, Transformer
 from relatives.rank_scores import part_scores, score_ranks
 from support import hf_folder
+from tools.oracle.network import PLACES, Network, layer_of
+from tools.oracle.ours_adapters import (  # noqa: F401  part of the interface
+    adalora,
+    asymmetry,
+    condlora,
+    cora,
+    dora,
+    lora_xs,
+    prolora,
+    reslora,
+    sbora_fa,
+    sbora_fb,
+    tied,
+    weight_change,
+)
+from tools.oracle.ours_rules import (  # noqa: F401  part of the interface
+    adalora_keep,
+    adalora_penalty,
+    adalora_schedule,
+    adalora_scores,
+    alora_exchange,
+    alora_importance,
+    lora_pro,
+    lora_rite,
+    loraplus,
+    riemannian,
+    riemannian_step,
+)
 from tools.peft.writing import full_path
 
-PLACES = lora.LINEARS + lora.RESIDUALS + lora.CROSS
-
 # ----------------------------------------------------------------------------------- one LoRA layer
-
-
-def layer_of(weight, bias, lora_A, lora_B, lora_alpha, transposed=False):
-    """A LoRALayer of given tensors; bias may be None."""
-    weight = weight.T if transposed else weight  # (out, in)
-    outer, inner = weight.shape
-    kind = {"bias": bias is not None, "dtype": weight.dtype}
-    base = nn.utils.skip_init(nn.Linear, inner, outer, **kind)
-    base.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        base.bias = nn.Parameter(bias.clone())
-    layer = lora.LoRALayer(base, inner, outer, len(lora_A), lora_alpha)
-    layer.lora_A, layer.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
-    base.requires_grad_(False)
-    return layer
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, lora_alpha, transposed):
@@ -153,37 +171,6 @@ def within_budget(scores, costs, budget):
 
 
 # ---------------------------------------------------------------------------------- a small network
-
-
-class Network(nn.Module):
-    """The small network as a model that proxies.py and delta_lora.py take, a layer a block.
-
-    h = W h + scaling B A h, ReLU between layers; logits are the last h.
-    """
-
-    head = ()
-
-    def __init__(self, layers):
-        super().__init__()
-        inner = layers[0]["weight"].shape[1]
-        self.config = types.SimpleNamespace(head="classification", hidden_size=inner)
-        table = nn.Embedding(1, inner, dtype=layers[0]["weight"].dtype)
-        self.word_embeddings = self.position_embeddings = table  # SYNFLOW takes its ones from here
-        self.layers = nn.ModuleList(nn.Module() for _ in layers)
-        for block, layer in zip(self.layers, layers, strict=True):
-            for place in PLACES:
-                setattr(block, place, None)
-            block.q_proj = layer_of(bias=None, **layer)
-        lora.mark_trainable(self)
-
-    def encode(self, x, mask=None):
-        for block in self.layers[:-1]:
-            x = F.relu(block.q_proj(x))
-        return self.layers[-1].q_proj(x)
-
-    def forward(self, x, labels):
-        logits = self.encode(x)
-        return Output(logits, F.cross_entropy(logits, labels))
 
 
 def grad_norm(layers, batches):

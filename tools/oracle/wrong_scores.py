@@ -7,17 +7,10 @@
 What this file does not do: know which function of the interface asks (causes.py).
 """
 
-import functools
-
 import torch
 
 import lora
-
-
-def call(function, *args, **kwargs):
-    """functools.partial by a shorter name: the mistake is made only if somebody asks."""
-    return functools.partial(function, *args, **kwargs)
-
+from tools.oracle.mistakes import call
 
 RULES = {  # pair A, B with gradients a, b -> score
     "grad_norm": lambda A, a, B, b: a.norm() + b.norm(),

@@ -1,0 +1,71 @@
+"""How a model is asked: its chat template, and the tokens of a prompt.
+
+    form       | a chat template and its special tokens by their names, (str, dict); or None
+    specials   | what the template calls bos_token, eos_token
+    ends       | ids of the tokens that end a text; a target is trained to end with the first
+
+A chat template is a Jinja program that comes with the model. It runs in Jinja's sandbox, which lets
+it make text and nothing else; jinja2 comes with torch.
+
+What this file does not do: know tasks (texts.py), choose tokens (generation.py).
+"""
+
+import datetime
+
+from support import hf_folder
+from support.errors import one_line
+
+
+def read_form(folder):
+    """The form of a model folder, None where it has no chat template; its specials either way."""
+    template, options = hf_folder.read_chat_template(folder)
+    specials = {}
+    for key in ("bos_token", "eos_token"):
+        token = options.get(key) or ""
+        specials[key] = token["content"] if isinstance(token, dict) else token
+    return (template, specials) if template else None, specials
+
+
+def render(template, prompt, specials):
+    """The prompt as the model's chat template puts it, up to where the answer begins.
+
+    Raises:
+        ValueError: the template is no Jinja, or does not take a single message of a user.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **specials
+        )
+    except Exception as error:  # Jinja's, or any that the template's own program raises
+        raise ValueError(f"the chat template fails: {one_line(error)}; try --plain") from error
+
+
+def ends_of(tokenizer, eos_token_ids, specials):
+    """The tokens that end a text, the one that the chat template ends an answer with first."""
+    own = tokenizer.token_to_id(specials.get("eos_token") or "")
+    return sorted(eos_token_ids, key=lambda token: token != own)  # stable: else as config.json has
+
+
+def ids_of(tokenizer, prompt, form, ends):
+    """The tokens of a prompt, up to where the answer begins.
+
+    Args:
+        tokenizer: tokenizers.Tokenizer; the special tokens that it puts before a text are kept, an
+            end of text behind it is not.
+        prompt: str. form: as in the table above; with it the template has the special tokens in it.
+        ends: list of ids.
+    """
+    if form:
+        return tokenizer.encode(render(form[0], prompt, form[1]), add_special_tokens=False).ids
+    ids = tokenizer.encode(prompt).ids
+    return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
