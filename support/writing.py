@@ -90,8 +90,8 @@ def with_java(prompts, written):
 
 def beside_references(prompts, written):
     """A few prompts, spread over the split, with what was written and the references: lines."""
-    step, lines = len(prompts) // EXAMPLES + 1, []  # + 1: subjects that come in turn are not met
-    for i in range(0, len(prompts), step):
+    step, lines = max(1, (len(prompts) - 1) // (EXAMPLES - 1)), []
+    for i in range(0, len(prompts), step)[:EXAMPLES]:
         lines += ["", f"prompt      {one_line(prompts[i].text)}"]
         lines += [f"written     {one_line(written[i])}"]
         lines += [f"reference   {one_line(text)}" for text in prompts[i].references[:2]]

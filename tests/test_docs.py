@@ -37,11 +37,11 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
 CODE = sorted([*ROOT.glob("*.py"), *(p for part in PARTS for p in (ROOT / part).rglob("*.py"))])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = {  # lines of code; the last is over its guide, and not to grow
+GUIDES = {  # lines of code
     "model.py": 330,
     "incompatible.py": 105,  # a table: a line for a reason
 }
-GUIDE, TOGETHER, RELATIVE, FUNCTION = 250, 1480, 60, 50
+GUIDE, TOGETHER, RELATIVE, FUNCTION = 250, 1400, 60, 50
 README_LINES, COLUMNS = 150, 100
 PAGES_PROMISED = (
     *("equations", "deviations", "delta-lora", "results", "performance", "reliability", "oracle"),

@@ -153,6 +153,20 @@ def test_two_processes_equal_one(flags, tmp_path):
     assert len(one["scores"]) == 2 and len(set(one["losses"])) == 3
 
 
+def test_a_sharded_model_writes_the_same(flags, tmp_path):
+    """Every process calls the model equally often, though its answers have other lengths."""
+
+    def run(*more):
+        r = train.set_up(parse_flags([*flags, *more]))
+        r.last = train.evaluate(r.model, r.task, r.dev)
+        train.measures.at_the_end(r)
+        return {**r.last, "written": sum(map(len, r.written["dev"]))}
+
+    one = run()
+    first, second = in_processes(lambda: run("--shard", "yes"), 2, tmp_path)
+    assert first == second == pytest.approx(one, rel=1e-5)
+
+
 def test_instructions_and_running_text(tmp_path, model_folder, capsys):
     """Both from a folder; of running text every window counts, and nothing is written."""
     rows = [{"instruction": "a" * n, "input": "", "output": "b" * n} for n in range(1, 21)]
