@@ -9,6 +9,7 @@ devices (train.py does).
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 import types
@@ -271,6 +272,7 @@ def parse_flags(argv, task_of=None):
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
     refuse_old_spellings(sys.argv[1:] if argv is None else argv)
+    refuse_two_allocators(sys.argv[1:] if argv is None else argv)
     found, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
     given = vars(found)
@@ -314,6 +316,18 @@ def refuse_old_spellings(argv):
     for word in argv:
         if word.partition("=")[0] == "--rank":
             raise ValueError("--rank is now --ranking (together or apart)")
+
+
+def refuse_two_allocators(argv):
+    """Raises ValueError where --allocate is given twice, and a method is among its two values.
+
+    argparse takes the last one, as it does of --allocate dynamic --allocate static.
+    """
+    words = " ".join(argv).replace("=", " ").split()
+    given = [value for flag, value in itertools.pairwise(words) if flag == "--allocate"]
+    if len(set(given)) > 1 and set(given) & set(METHODS["allocator"]):
+        named = " and ".join(f"--allocate {value}" for value in dict.fromkeys(given))
+        raise ValueError(f"{named}: a run has one allocator")
 
 
 def stored(args):

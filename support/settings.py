@@ -58,7 +58,9 @@ def needs(a):
     allocates, shortcuts = a.allocate in ("static", "dynamic"), a.shortcuts != "none"
     modules = a.targets or shortcuts
     reads_data = a.proxy not in (*allocate.BASELINES, *proxies.WITHOUT_DATA)
-    allocation = "--allocate static or dynamic: nothing is allocated"
+    other = a.allocate not in ("none", "static", "dynamic")
+    why = f"{a.allocate} has a rule and a budget of its own" if other else "nothing is allocated"
+    allocation = f"--allocate static or dynamic: {why}"
     return (
         ("keep", allocates or a.allocate == "adalora", allocation),
         ("every", a.allocate != "none", allocation),
@@ -247,6 +249,12 @@ def about_training(a, examples, batches, parameters, steps):
             abs(a.delta_ratio) > 100,
             f"--delta-ratio {a.delta_ratio:g}: B A counts {scale:.3g} times in the end, in place "
             f"of {a.lora_alpha / a.r:g}",
+        ),
+        (
+            a.optimizer == "lora_rite" and a.batch_size * a.accumulate < a.r,
+            f"--optimizer lora_rite: a step's {a.batch_size * a.accumulate} examples are "
+            f"{a.batch_size * a.accumulate} tokens where the last block is read, less than r "
+            f"{a.r}: along the directions that they leave open the step has no gradient",
         ),
         (
             a.log_every > steps,

@@ -47,6 +47,7 @@ WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
 PEFT, ORACLE = "test_peft.py", "test_oracle.py"
+COMPARE, BENCH = "test_compare.py", "test_bench.py"
 CAUSAL, GENERATION, GGUF = "test_causal.py", "test_generation.py", "test_gguf.py"
 LANGUAGE = "test_language_model.py"
 FOLDER, READERS = "test_hf_folder.py", "test_readers.py"
@@ -265,7 +266,13 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/peft/config.py", 'rf"(.*\\.)?({key})$"', 'rf"(.*)?({key})$"', "patterns match inside a name", f"{PEFT}::test_pattern_keys_match_as_pefts_do"),
     ("tools/peft/config.py", "0 < value <= sys.float_info.max", "0 < value", "an infinite alpha is read", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
     ("tools/peft/config.py", "    number = isinstance(value, int | float) and not isinstance(value, bool)", "    number = isinstance(value, int | float)", "true is an alpha", f"{PEFT}::test_a_field_of_the_config_is_checked_before_anything_is_built"),
-    ("tools/peft/config.py", "field not in FIELDS and field not in IGNORED and value", "field.startswith('use_') and value and field not in FIELDS", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
+    ("tools/peft/config.py", "field not in fields and field not in ignored and value", "field.startswith('use_') and value and field not in fields", "unknown fields pass", f"{PEFT}::test_fields_that_may_change_the_function_are_refused_unless_empty"),
+    ("support/flags.py", "if len(set(given)) > 1 and", "if len(given) > 2 and", "of two allocators the last one wins", "test_relatives_bad_input.py::test_bad_input_is_one_line"),
+    ("tools/peft/reading.py", 'config["lora_alpha"] / (start + 1e-5)', 'config["lora_alpha"] / (r + 1e-5)', "AdaLoRA's scale follows the ranks that are left", f"{PEFT}::test_adalora_comes_in_as_ordinary_pairs_of_what_it_kept"),
+    ("tools/peft/reading.py", "Pair(e * a, b,", "Pair(a, b,", "AdaLoRA comes in without E", f"{PEFT}::test_adalora_comes_in_as_ordinary_pairs_of_what_it_kept"),
+    ("tools/compare.py", "        if not study.widen:\n            return [], best\n", "", "a grid widens though the study says no", f"{COMPARE}::test_without_widening_the_rates_that_are_listed_are_all_there_are"),
+    ("tools/compare.py", "task.test: task.dev}", "task.test: \"train.tsv\"}", "training pairs are reported in place of dev", f"{COMPARE}::test_dev_stands_for_the_test_set_where_the_study_says_so"),
+    ("tools/bench/relatives.py", "timing.ratio(seconds[name], seconds[first])", "timing.ratio(seconds[first], seconds[name])", "the time of LoRA beside a method", f"{BENCH}::test_a_relative_beside_plain_lora"),
     ("tools/peft/reading.py", "        if shape != wanted:", "        if shape[0] != wanted[0]:", "a wrong input width passes", f"{PEFT}::test_only_the_input_width_is_wrong"),
     ("tools/peft/commands.py", "problems += reading.fit(config, pairs, head, model)[2]", "reading.fit(config, pairs, head, model)", "inspect looks away from the model", f"{PEFT}::test_a_folder_for_another_model"),
     ("tools/plot.py", "-flags[\"lora_alpha\"] / flags[\"r\"] * now_B", "-now_B", "the change of W with B A of scale 1 taken off", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
@@ -535,10 +542,10 @@ def from_the_list(words, processes):
         if source := applied(mutant):
             jobs.append(Job(mutant[0], source, [mutant[4]], mutant[3]))
         else:
-            print(f"{mutant[0]:<24}{mutant[3]:<52}DOES NOT APPLY", flush=True)
+            print(f"{mutant[0]:<28}{mutant[3]:<52}DOES NOT APPLY", flush=True)
     for job, said in tested(jobs, processes):
         killed += said.startswith("killed")
-        print(f"{job.file:<24}{job.about:<52}{said}", flush=True)
+        print(f"{job.file:<28}{job.about:<52}{said}", flush=True)
     print(f"{killed} of {len(chosen)} killed", end="")
     return 1 if killed < len(chosen) or not chosen else 0
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import tiny
+from relatives import METHODS
 from tools.bench import __main__ as bench
-from tools.bench import language, peak, timing
+from tools.bench import language, peak, relatives, timing
 
 
 def test_arms_take_turns_and_the_first_round_is_not_counted():
@@ -62,6 +63,42 @@ def test_bad_data_is_one_line(tmp_path, capsys):
     assert bench.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("tools.bench: ") and error.count("\n") == 1
+
+
+def test_all_relatives_are_measured_beside_plain_lora():
+    """Every method of METHODS is an arm of the study that the benchmark reads, LoRA the first."""
+    commands = relatives.settings()
+    assert next(iter(commands)) == "lora"
+    flags = [c.split() for c in commands.values()]
+    for kind, flag in (("adapter", "--adapter"), ("optimizer", "--optimizer")):
+        found = {f[f.index(flag) + 1] for f in flags if flag in f}
+        assert found | {"adamw"} >= set(METHODS[kind])
+    assert {f[f.index("--allocate") + 1] for f in flags} == {"none", *METHODS["allocator"]}
+
+
+def test_a_relative_beside_plain_lora(tmp_path, monkeypatch):
+    """On a tiny model, with made-up seconds: who is divided by whom, and what a step is."""
+    model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
+    common = f"--task mrpc --data-dir {task} --model {model} --preset lora --device cpu --r 2"
+    commands = {"lora": common, "asymmetry": f"{common} --adapter asymmetry"}
+    arms = []
+
+    def interleaved(given, rounds):
+        arms.append(given)
+        return {"lora": [2.0] * rounds, "asymmetry": [3.0] * rounds}
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    peaks = {commands["lora"]: 8.0, commands["asymmetry"]: 6.0}
+    monkeypatch.setattr(peak, "in_fresh_process", lambda function, command, first: peaks[command])
+    found = relatives.beside_first(commands, 3)
+    assert found == {
+        "lora": (192, (1.0, 1.0, 1.0), 1.0),  # 4 modules of 12 x 12
+        "asymmetry": (96, (1.5, 1.5, 1.5), 0.75),
+    }
+    for functions in arms[0].values():
+        losses = [functions[0]() for _ in range(30)]
+        assert losses[-1] < losses[0] - 0.01  # they train
+    assert relatives.step_peak(common, common) >= 0
 
 
 def test_a_task_does_nothing_to_the_language_model(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """tools/compare.py and compare_report.py: what is run, when, and the numbers of the report."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import tiny
 import train
-from support import checkpoint
+from support import checkpoint, glue
 from support import flags as flags_module
 from tools import compare, compare_report
 
@@ -101,6 +102,33 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
         compare.check_lines(study, lines, tmp_path)
 
 
+def test_without_widening_the_rates_that_are_listed_are_all_there_are(study):
+    """The best of them, though it is at an edge; and one rate is not tried at all."""
+    narrow = dataclasses.replace(study, widen=False)
+    order = run_all(narrow, lambda run: run.lr)
+    assert {run.lr for run in order if run.phase == "tune"} == {1e-3, 3e-3}
+    assert {run.lr for run in order if run.phase == "final"} == {3e-3}
+    single = [dataclasses.replace(arm, lrs=(1e-4,)) for arm in study.arms]
+    order = run_all(dataclasses.replace(narrow, arms=tuple(single)), lambda run: 0.5)
+    assert {(run.phase, run.lr) for run in order} == {("final", 1e-4)} and len(order) == 6
+    # where the study may widen, one rate is a grid that begins there
+    order = run_all(dataclasses.replace(study, arms=tuple(single)), lambda run: -run.lr)
+    assert {run.lr for run in order if run.phase == "tune"} == set(compare.GRID[:7])
+
+
+def test_dev_stands_for_the_test_set_where_the_study_says_so(study, tmp_path):
+    """The embedded task needs no --data-dir; another one needs a folder."""
+    embedded = dataclasses.replace(study, task="paraphrase", test="dev")
+    folder = compare.task_folder(embedded, None, tmp_path)
+    for name, source in (("train", "train"), ("dev", "dev"), ("test", "dev")):
+        expected = (glue.EMBEDDED / f"{source}.tsv").read_bytes()
+        assert (folder / f"{name}.tsv").read_bytes() == expected
+    as_is = dataclasses.replace(embedded, test="test")
+    assert compare.task_folder(as_is, None, tmp_path) == glue.EMBEDDED
+    with pytest.raises(ValueError, match="a study of mrpc needs --data-dir"):
+        compare.task_folder(study, None, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -108,6 +136,7 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
         ('name = "b"', 'name = "a"', "two arms"),
         ('controls = ["a"]', 'controls = ["x"]', "unknown control 'x'"),
         ("seeds = [1, 2]", "seeds = [100]", "in tune and in final"),
+        ("seeds = [1, 2]", 'seeds = [1]\ntest = "train"', "'train', allowed: test, dev"),
         ("task =", "tusk =", "KeyError.*task"),
         ("[tune]", "[tune", "TOML"),
     ],
@@ -234,6 +263,12 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
     assert "not decided |" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
     assert (tmp_path / "r.png").stat().st_size > 5000
+    unjudged = [{**x, "verdicts": False} if x["phase"] == "final" else x for x in lines]
+    text = "\n".join(compare_report.report(unjudged))
+    assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in text
+    assert "verdict" not in text and "decided" not in text
+    tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
+    assert tables == [8] * 4 + [6] * 3  # a heading, a rule and the rows are of one width
 
 
 # --------------------------------------------------------------------------------- studies for real

@@ -190,7 +190,7 @@ HUGE = 10**400  # a JSON integer beyond every float
 @pytest.mark.parametrize(
     ("field", "values", "allowed"),
     [
-        ("peft_type", ["ADALORA", None, 1], "'LORA'"),
+        ("peft_type", ["VERA", "adalora", None, 1, ["LORA"]], "'LORA' or 'ADALORA'"),
         ("r", [0, -1, 2.0, True, "2", None, [], math.nan], "an integer, 1 or more"),
         (
             "lora_alpha",
@@ -392,6 +392,106 @@ def test_pattern_keys_match_as_pefts_do():
     misses = ["1.fc1", "layers.1.fc1", "fc", "^fc1", f"base_model.model.{path}"]
     for key in [*hits, "fc1|fc2", *misses]:
         assert (config.pattern_value({key: 7}, path, 0) == 7) == (key not in misses), key
+
+
+# ------------------------------------------------------------------------------------------ AdaLoRA
+
+KEPT = {"query": [True, False, True], "value": [False, False, False]}  # of block 0; block 1: all
+
+
+@pytest.fixture
+def adalora(tmp_path):
+    """An AdaLoRA folder as PEFT writes it: q and v of two blocks, init_r 3, some ranks dropped."""
+    rng, folder = torch.Generator().manual_seed(1), tmp_path / "adalora"
+    tensors, masks = {}, {}
+    for i in range(2):
+        for place in ("query", "value"):
+            path = f"bert.encoder.layer.{i}.attention.self.{place}"
+            kept = KEPT[place] if i == 0 else [True] * 3
+            masks |= {f"{path}.lora_E": kept} if i == 0 else {}
+            for key, shape in (
+                ("A", (sum(kept), 12)),
+                ("B", (12, sum(kept))),
+                ("E", (sum(kept), 1)),
+            ):
+                name = f"{writing.ROOT}{path}.lora_{key}"
+                tensors[name] = torch.randn(shape, generator=rng)
+    content = {"peft_type": "ADALORA", "init_r": 3, "r": 8, "target_r": 1, "lora_alpha": 5}
+    content |= {"target_modules": ["query", "value"], "layers_to_transform": [0, 1]}
+    content |= {"rank_pattern": masks, "tinit": 2, "tfinal": 4, "total_step": 10, "beta1": 0.85}
+    writing.write_peft(folder, content, tensors)
+    return folder
+
+
+def test_adalora_comes_in_as_ordinary_pairs_of_what_it_kept(adalora, model, capsys):
+    pairs, _ = reading.read(adalora, model)
+    ranks = {name: pair.r for name, pair in pairs.items()}
+    assert ranks == {"layers.0.q_proj": 2, "layers.1.q_proj": 3, "layers.1.v_proj": 3}
+    tensors = safetensors.torch.load_file(adalora / "adapter_model.safetensors")
+    a, b, e = (tensors[f"{QUERY}.lora_{key}"].double() for key in "ABE")
+    got = pairs["layers.0.q_proj"]
+    assert got.scaling == 5 / 3.00001  # of init_r, not of the two ranks that are left
+    expected = 5 / 3.00001 * (b * e[:, 0]) @ a
+    delta = got.scaling * got.lora_B.double() @ got.lora_A.double()
+    torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
+    assert tool.main(["inspect", str(adalora)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [x for x in out.splitlines() if "layer.0.attention.self.query" in x]
+    assert line.split()[1:4] == ["2", "5", "1.667"]
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "allowed"),
+    [
+        ("init_r", [0, True, None, 2.5], "an integer, 1 or more"),
+        ("use_dora", [True, 1], "false: AdaLoRA has no DoRA"),
+        (
+            "rank_pattern",
+            [[], {"x.lora_E": 2}, {"x.lora_E": [1, 0]}, {"x": [True]}],
+            "lists of true and false, by paths that end in .lora_E",
+        ),
+        ("alpha_pattern", [{"a": 0}], "regular expressions with finite numbers > 0"),
+    ],
+)
+def test_a_field_of_adalora_is_checked(adalora, model, field, values, allowed):
+    for value in values:
+        change_config(adalora, **{field: value})
+        with pytest.raises(ValueError, match=f"{field} is .*, allowed: {allowed}"):
+            reading.read(adalora, model)
+
+
+def test_the_schedule_of_adalora_is_no_field_of_lora(folder):
+    change_config(folder, target_r=2)
+    with pytest.raises(ValueError, match="target_r = 2 is not supported"):
+        commands.inspect(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "message"),
+    [
+        ({"init_r": 4}, dict.copy, "query: init_r is 4, and its rank_pattern of 3"),
+        ({"rank_pattern": None}, dict.copy, r"query: rank 3 by the config, lora_A \(2, 12\)"),
+        ({}, drop(f"{QUERY}.lora_E"), "self.query has no lora_E"),
+        ({}, put(f"{QUERY}.lora_E", torch.ones(2)), r"rank 2 by the config, .*lora_E \(2,\)"),
+        ({}, put(f"{QUERY}.lora_E", torch.full((2, 1), 1e38)), "makes delta W overflow"),
+        ({}, put(f"{QUERY}.lora_A.weight", torch.ones(2, 12)), "unknown tensor .*lora_A.weight"),
+        ({"init_r": 10**12, "rank_pattern": {}}, dict.copy, "rank 1000000000000 by the config"),
+        (
+            {"rank_pattern": {"bert.encoder.layer.7.attention.self.query.lora_E": [True] * 3}},
+            dict.copy,
+            "layer.7.attention.self.query.lora_E is in rank_pattern and has no tensor",
+        ),
+    ],
+)
+def test_an_adalora_folder_that_disagrees_with_itself(adalora, model, changes, change, message):
+    change_config(adalora, **changes)
+    change_tensors(adalora, change)
+    with pytest.raises(ValueError, match=message):
+        reading.read(adalora, model)
+    assert not commands.inspect(adalora)[1]
+
+
+# ------------------------------------------------------------------------------------------ a table
 
 
 def test_inspect_prints_the_table(folder, capsys):

@@ -6,7 +6,10 @@
 A study has two phases. In `tune` every arm tries its learning rates on a split of the training set
 alone; the best one is frozen. In `final` every arm trains on the whole training set with other
 seeds, the same for all arms, and is evaluated on dev and test after its last epoch. The learning
-rates of an arm widen by half a decade while the best one is at an edge.
+rates of an arm widen by half a decade while the best one is at an edge, unless the study says
+`widen = false`; then an arm with one rate has it, untried.
+
+No choice looks at dev, so a task without a labelled test set may be reported on it: `test = "dev"`.
 
     word     | meaning
     study    | studies/NAME.toml: task, flags, splits, seeds, arms
@@ -71,6 +74,9 @@ class Study:
     tune_seeds: tuple
     final_seeds: tuple
     arms: tuple
+    widen: bool = True
+    test: str = "test"  # what the final runs report: test, or dev
+    verdicts: bool = True  # whether the report judges the differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +116,14 @@ def read_study(path):
             tune_seeds=tuple(content["tune"]["seeds"]),
             final_seeds=tuple(content["final"]["seeds"]),
             arms=tuple(arms),
+            widen=content["tune"].get("widen", True),
+            test=content["final"].get("test", "test"),
+            verdicts=content["final"].get("verdicts", True),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a study: {error!r}") from error
+    if study.test not in ("test", "dev"):
+        raise ValueError(f"{path}: final.test is {study.test!r}, allowed: test, dev")
     names = [arm.name for arm in arms]
     for arm in arms:
         if names.count(arm.name) > 1:
@@ -163,6 +174,8 @@ def tuning(study, arm, lines):
         known to be needed; and the learning rate with the highest mean accuracy on the tuning
         split (the smaller of equals), or None while runs are missing.
     """
+    if not study.widen and len(arm.lrs) == 1:
+        return [], arm.lrs[0]
     found = {run_of(line): accuracy(line) for line in lines if line["phase"] == "tune"}
     tried = sorted(arm.lrs)
     while True:
@@ -173,6 +186,8 @@ def tuning(study, arm, lines):
         means = {lr: sum(found[run] for run in wanted if run.lr == lr) for lr in tried}
         best = max(tried, key=means.get)
         place = GRID.index(best)
+        if not study.widen:
+            return [], best
         if best == tried[0] and place > 0:
             tried = [GRID[place - 1], *tried]
         elif best == tried[-1] and place + 1 < len(GRID):
@@ -262,7 +277,7 @@ def about(study, arm, run):
         "flags": flags_of(study, arm),
         "seed": run.seed,
         "lr": run.lr,
-    }
+    } | ({} if study.verdicts else {"verdicts": False})
 
 
 def line_of(study, arm, run, folder):
@@ -306,6 +321,25 @@ def append(path, line):
         os.fsync(file.fileno())
 
 
+def task_folder(study, data_dir, work):
+    """The folder of the final runs; where dev is what is reported, a copy that has it as the test.
+
+    Raises:
+        ValueError, OSError: no such task or folder.
+    """
+    source = glue.task_folder(study.task, data_dir)
+    if source is None:
+        raise ValueError(f"a study of {study.task} needs --data-dir, a folder with its TSVs")
+    if study.test == "test":
+        return source
+    task, target = glue.TASKS[study.task], work / "final"
+    target.mkdir(parents=True, exist_ok=True)
+    copies = {"train.tsv": "train.tsv", task.dev: task.dev, task.test: task.dev}
+    for name, copied in copies.items():
+        run_folder.write_atomic(target / name, (source / copied).read_bytes())
+    return target
+
+
 def run_study(study, results, work, data_dir, jobs):
     """Make the runs that are missing; returns when all are on record.
 
@@ -313,12 +347,12 @@ def run_study(study, results, work, data_dir, jobs):
         ValueError, OSError, RuntimeError: see read_study, check_lines; a run that failed.
         KeyboardInterrupt: after the runs under way have saved themselves.
     """
-    source = glue.task_folder(study.task, data_dir)
+    source = task_folder(study, data_dir, work)
     split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
     folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
     lines = compare_report.read_results(results, mend=True)
     check_lines(study, lines, results)
-    labels, note = glue.load_test(study.task, data_dir)
+    labels, note = glue.load_test(study.task, source)
     if labels is None:
         raise ValueError(f"a study needs a test set with labels: {note}")
     labels = "".join(str(label) for _, label in labels)
@@ -384,7 +418,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the runs that are missing")
     run.add_argument("study", type=Path, help="studies/NAME.toml")
-    run.add_argument("--data-dir", type=Path, help="the task's folder, with a labelled test.tsv")
+    run.add_argument("--data-dir", type=Path, help="of the task; the embedded one needs none")
     run.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     run.add_argument("--results", type=Path, help="default: results/NAME.jsonl")
     run.add_argument("--work", type=Path, help="run folders (default: runs/study-NAME)")

@@ -8,7 +8,8 @@ accuracy. Two intervals of 95 % stand beside each:
                              pairs drawn anew with replacement, each pair for all seeds alike
 
 The verdict, fixed before the runs: "no difference" if both intervals lie within +- MARGIN points,
-else "a difference" if both exclude 0, else "not decided".
+else "a difference" if both exclude 0, else "not decided". A study for orientation has none: of many
+differences some exclude 0 by chance.
 
 What this file does not do: make runs (compare.py).
 """
@@ -185,7 +186,7 @@ def report(lines):
             count, lr = first(found)["trainable"]["adapters"], first(found)["lr"]
             kept = stored(found)
             result += [f"| {name} | {count:,} | {kept} | {lr:g} | {len(found)} | {dev} | {test} |"]
-        rows = []
+        rows, judged = [], first(first(here)).get("verdicts", True)
         for name, found in here.items():
             for control in first(found)["controls"]:
                 if not set(found) & set(arms.get(control, {})):
@@ -193,14 +194,14 @@ def report(lines):
                 n, mean, seeds, both = compared(found, arms[control], labels)
                 rows += [
                     f"| {name} − {control} | {n} | {mean:+.1f} | {interval(*seeds)} | "
-                    f"{interval(*both)} | {verdict(seeds, both)} |"
+                    f"{interval(*both)} |" + f" {verdict(seeds, both)} |" * judged
                 ]
         if rows:
             result += [
                 "",
                 "| difference in test accuracy, points | seeds | mean | 95 % over seeds "
-                "| 95 % over seeds and examples | verdict |",
-                "|---|---|---|---|---|---|",
+                "| 95 % over seeds and examples |" + " verdict |" * judged,
+                "|---|---|---|---|---|" + "---|" * judged,
             ]
             result += [*rows]
         result += [""]

@@ -94,6 +94,32 @@ def test_a_relative_that_is_a_pair_loads_into_peft(tmp_path, family, adapter):
         torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("allocate", ["adalora --keep 0.5", "alora --score-batches 1"])
+@pytest.mark.parametrize("family", ["bert", "opt", "gpt2"])
+def test_a_run_of_a_rank_allocator_loads_into_peft(tmp_path, family, allocate):
+    """AdaLoRA with E folded in, ALoRA with what its gates left: the ranks differ by module."""
+    flags = f"--shortcuts none --every 0.5 --allocate {allocate}"
+    base, out, run = finished_run(tmp_path, family, flags)
+    expected = logits(run.model, run)
+    assert (expected - logits(stock(base), run)).abs().max() > 1e-3
+    config = writing.export(out, tmp_path / "peft")
+    assert config["peft_type"] == "LORA" and not config.get("use_dora")
+    if family != "gpt2":  # where q and v are one module
+        ranks = {config["r"], *config["rank_pattern"].values()}
+        assert len(ranks) > 1 and (allocate[:3] != "ada" or sum(ranks) < 9)
+    peer = peft.PeftModel.from_pretrained(stock(base), tmp_path / "peft")
+    torch.testing.assert_close(logits(peer, run), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("adapter", ["reslora_input", "reslora_middle"])
+def test_what_is_no_matrix_on_its_input_does_not_leave(tmp_path, adapter):
+    flags = f"--adapter {adapter} --shortcuts none --allocate none"
+    _, out, _ = finished_run(tmp_path, "bert", flags)
+    with pytest.raises(ValueError, match=f"holds {adapter}: its modules add no matrix to a weight"):
+        writing.export(out, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 PEFT_CONFIGS = {
     "plain": {},
     "patterns": {"rank_pattern": {"PLACE": 4}, "alpha_pattern": {"PLACE": 7}},
@@ -139,6 +165,52 @@ def test_an_adapter_of_peft_loads_into_ours(tmp_path, family, head, kind):
     if kind == "patterns":
         assert len({a.r for a in layers.values()}) == 2
         assert len({a.scaling for a in layers.values()}) == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("family", PEFT_TARGETS)
+def test_an_adalora_adapter_of_peft_loads_into_ours(tmp_path, family, masked):
+    """Saved before and after PEFT's allocator has taken ranks away, from some modules all of them.
+
+    Expected is what PEFT reads back: its trainable scale, ranknum, is not in the file. Its AdaLoRA
+    leaves alpha_pattern and use_rslora unread.
+    """
+    peer, ours = build_pair(tmp_path, family, num_labels=2)
+    config = peft.AdaLoraConfig(
+        init_r=3,
+        target_r=1,
+        lora_alpha=5,
+        target_modules=PEFT_TARGETS[family],
+        task_type="SEQ_CLS",
+        total_step=9,
+        tinit=1,
+        tfinal=2,
+        alpha_pattern={PEFT_TARGETS[family][0]: 11},
+        use_rslora=True,
+    )
+    peer = peft.get_peft_model(peer, config)
+    tiny.randomise([p for n, p in peer.named_parameters() if "lora_" in n or "save" in n], 2)
+    for step in range(9 if masked else 0):
+        peer(**tiny.batch(ours.config)).loss.backward()
+        peer.base_model.update_and_allocate(step)
+        peer.zero_grad()
+    peer.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(stock(tmp_path), tmp_path / "adapter").double().eval()
+    pairs, parameters = reading.read(tmp_path / "adapter", ours)
+    layers = reading.put(ours, pairs, parameters)
+    modules = [m for m in again.modules() if getattr(m, "lora_E", None)]
+    ranks = [len(m.lora_E["default"]) for m in modules]
+    assert sum(ranks) == (len(ranks) if masked else 3 * len(ranks)) and (0 in ranks) == masked
+    with torch.no_grad():
+        batch = {k: v for k, v in tiny.batch(ours.config).items() if k != "labels"}
+        expected = again(**batch).logits
+        torch.testing.assert_close(ours.eval()(**batch).logits, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(peer.eval()(**batch).logits, expected, rtol=1e-6, atol=1e-6)
+        commands.import_folder(tmp_path / "adapter", tmp_path / "out", str(tmp_path))
+        fresh, _ = load_pretrained(str(tmp_path), num_labels=2)
+        lora.load_adapter(fresh, tmp_path / "out")
+        torch.testing.assert_close(fresh(**batch).logits.double(), expected, rtol=0, atol=1e-5)
+    assert {layer.scaling for layer in layers.values()} == {5 / 3.00001}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

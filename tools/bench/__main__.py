@@ -8,6 +8,7 @@
     score      what each proxy costs, and the share of scoring in a HeteroLoRA run
     agreement  how many scored batches choose what 32 batches choose, in real runs
     delta      what Delta-LoRA costs beside LoRA
+    relatives  what each method of relatives/ costs beside LoRA
     base       a base in bfloat16 beside one in float32: time and memory of a training step
     shard      a base that is spread over two processes beside a whole one: memory of a process
 
@@ -21,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench import delta, language, large, score, training
+from tools.bench import delta, language, large, relatives, score, training
 
 
 def at_least_three(text):
@@ -60,6 +61,7 @@ BENCHMARKS = {  # name -> (function, the options that it takes)
     "score": (score.score, ("rounds", "task", "data_dir")),
     "agreement": (score.agreement, ("task", "data_dir", "seeds")),
     "delta": (delta.delta, ("rounds",)),
+    "relatives": (relatives.relatives, ("rounds",)),
     "base": (large.base, ("rounds",)),
     "shard": (large.shard, ("rounds",)),
 }

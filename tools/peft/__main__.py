@@ -1,8 +1,8 @@
 """PEFT adapters out and in: python -m tools.peft export RUN DIR | import DIR OUT | inspect DIR
 
     export RUN DIR     a finished run as a PEFT adapter folder
-    import DIR OUT     a PEFT LoRA folder as our adapter.safetensors, checked against --model;
-                       with --task, its metrics on the development set
+    import DIR OUT     a PEFT folder (LoRA, DoRA, AdaLoRA) as our adapter.safetensors, checked
+                       against --model; with --task, its metrics on the development set
     inspect DIR        module, rank, alpha, scale, parameters and ||delta W||_F, from config and
                        tensors; exit code 1 where these disagree, or --model with them
 

@@ -60,7 +60,9 @@ def inspect(folder, model_name=None):
     lines = [f"{'module':<{width}} {'r':>4} {'alpha':>8} {'scale':>8} {'params':>9} {'|dW|_F':>10}"]
     for name, pair in sorted(pairs.items()):
         root = pair.r**0.5 if config["use_rslora"] else pair.r
-        alpha, count = pair.scaling * root, pair.count()
+        adalora = config["peft_type"] == "ADALORA"
+        alpha = config["lora_alpha"] if adalora else pair.scaling * root
+        count = pair.count()
         lines.append(
             f"{name:<{width}} {pair.r:>4} {alpha:>8g} {pair.scaling:>8.4g} {count:>9,} "
             f"{pair.norm():>10.4g}"

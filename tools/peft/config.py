@@ -1,7 +1,8 @@
 """What adapter_config.json may say: one table, checked once, before anything is built from it.
 
     FIELDS    read here: each has a check, the words for what it allows, and PEFT's default
-    IGNORED   never change the function that is computed
+    ADALORA   the same, where peft_type is ADALORA and they differ
+    IGNORED   never change the function that is computed; SCHEDULE, of AdaLoRA's training, neither
     others    refused, unless they are empty: biases, layer replication and whatever a later
               PEFT may bring change the function, and to leave them out would be silent
 
@@ -34,6 +35,16 @@ IGNORED = (
     "revision",
     "runtime_config",
     "task_type",
+)
+SCHEDULE = (
+    "beta1",
+    "beta2",
+    "deltaT",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
 )
 
 
@@ -83,13 +94,23 @@ def is_pattern(is_value):
     return check
 
 
+def is_masks(value):
+    """A rank_pattern of AdaLoRA: {path of lora_E: [whether each rank is kept]}, or null."""
+    return value is None or (
+        isinstance(value, dict)
+        and all(key.endswith(".lora_E") for key in value)
+        and all(isinstance(mask, list) for mask in value.values())
+        and all(isinstance(kept, bool) for mask in value.values() for kept in mask)
+    )
+
+
 def is_layers(value):
     indices = value if isinstance(value, list) else [value]
     return value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
 
 
 FIELDS = {  # field -> (check, what is allowed, default where it is absent; ... = it must be there)
-    "peft_type": (lambda value: value == "LORA", "'LORA'", ...),
+    "peft_type": (lambda value: value in ("LORA", "ADALORA"), "'LORA' or 'ADALORA'", ...),
     "r": (is_rank, "an integer, 1 or more", 8),
     "lora_alpha": (is_alpha, "a finite number above 0", 8),
     "rank_pattern": (is_pattern(is_rank), "regular expressions with integers, 1 or more", None),
@@ -112,23 +133,31 @@ FIELDS = {  # field -> (check, what is allowed, default where it is absent; ... 
         True,
     ),
 }
+ADALORA = {  # r, alpha_pattern and use_rslora are checked, and then not used: PEFT does not either
+    "init_r": (is_rank, "an integer, 1 or more", 12),
+    "rank_pattern": (is_masks, "lists of true and false, by paths that end in .lora_E", None),
+    "use_dora": (lambda value: value is False, "false: AdaLoRA has no DoRA", False),
+}
 
 
 def read_config(path):
-    """adapter_config.json, checked; the fields of FIELDS alone, defaults filled in.
+    """adapter_config.json, checked; what is read here alone, defaults filled in.
 
     Raises:
         ValueError: the first field that is wrong: what it is, and what is allowed.
     """
     given, config = hf_folder.read_json(path), {}
-    for field, (check, allowed, default) in FIELDS.items():
+    adalora = given.get("peft_type") == "ADALORA"
+    fields = FIELDS | ADALORA if adalora else FIELDS
+    ignored = IGNORED + SCHEDULE if adalora else IGNORED
+    for field, (check, allowed, default) in fields.items():
         value = given.get(field, default)
         if value is ... or not check(value):
             shown = "missing" if value is ... else repr(value)[:80]
             raise ValueError(f"{path}: {field} is {shown}, allowed: {allowed}")
         config[field] = value
     for field, value in given.items():
-        if field not in FIELDS and field not in IGNORED and value:
+        if field not in fields and field not in ignored and value:
             raise ValueError(
                 f"{path}: {field} = {repr(value)[:80]} is not supported: it may change the function"
             )

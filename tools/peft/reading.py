@@ -6,10 +6,11 @@
 
 PEFT itself drops an unknown tensor in silence, and leaves a missing one at its initial value.
 GPT-2's c_attn (q, k and v in one) becomes three pairs with the same A, each with its rows of B.
-With use_dora a module has a magnitude as well, and becomes a relatives.dora.DoRA.
+With use_dora a module has a magnitude as well, and becomes a relatives.dora.DoRA. An AdaLoRA folder
+becomes ordinary pairs, of the ranks that it kept, with E in A.
 
-What this file does not do: embeddings, AdaLoRA, quantised layers, several adapters in one
-folder: these are refused by name (config.py). Pickled code is never executed.
+What this file does not do: embeddings, quantised layers, several adapters in one folder: these are
+refused by name (config.py). Pickled code is never executed.
 """
 
 import math
@@ -27,15 +28,21 @@ from tools.peft.config import is_target, names, pattern_value, read_config
 from tools.peft.writing import HEADS, ROOT, Pair, full_path
 
 LARGEST = torch.finfo(torch.float32).max
+TENSORS = {  # peft_type -> how the name of a module's tensor ends
+    "LORA": r"(?:(lora_[AB])\.weight|(lora_magnitude_vector))",
+    "ADALORA": r"(lora_[ABE])()",
+}
 
 
-def sort_tensors(tensors):
-    """({full path: {"lora_A": …, "lora_B": …}}, {full path of a head parameter: …}, problems)."""
+def sort_tensors(tensors, kind):
+    """({full path: {"lora_A": …, "lora_B": …}}, {full path of a head parameter: …}, problems).
+
+    Args:
+        tensors: dict name -> tensor. kind: "LORA" or "ADALORA", the config's peft_type.
+    """
     factors, head, problems = {}, {}, []
     for name, tensor in tensors.items():
-        match = re.fullmatch(
-            rf"{re.escape(ROOT)}(.+)\.(?:(lora_[AB])\.weight|(lora_magnitude_vector))", name
-        )
+        match = re.fullmatch(rf"{re.escape(ROOT)}(.+)\.{TENSORS[kind]}", name)
         number = tensor.float() if tensor.is_floating_point() else None
         if not name.startswith(ROOT) or (".lora_" in name and not match):
             problems.append(f"unknown tensor {name}")
@@ -46,6 +53,12 @@ def sort_tensors(tensors):
         else:
             head[name.removeprefix(ROOT)] = number
     return factors, head, problems
+
+
+def finite(path, pair):
+    """(Pair, problems): whether delta W is a matrix of finite numbers."""
+    fits = pair.norm() <= LARGEST  # false for NaN too
+    return pair, [] if fits else [f"{path}: scale {pair.scaling:g} makes delta W overflow"]
 
 
 def pair_of(config, path, factors):
@@ -67,9 +80,28 @@ def pair_of(config, path, factors):
     alpha = pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
     if magnitude is not None and magnitude.shape != (len(b),):
         return None, [f"{path}: lora_magnitude_vector is {tuple(magnitude.shape)}, not ({len(b)},)"]
-    pair = Pair(a, b, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r, magnitude)
-    finite = pair.norm() <= LARGEST  # false for NaN too
-    return pair, [] if finite else [f"{path}: scale {pair.scaling:g} makes delta W overflow"]
+    scaling = alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
+    return finite(path, Pair(a, b, scaling, magnitude))
+
+
+def adalora_pair(config, path, factors):
+    """The same of a module of AdaLoRA: alpha / (init_r + 1e-5) * B diag(E) A, of the ranks kept.
+
+    PEFT's scale is of init_r however many ranks are left, and it has no other one by module.
+    """
+    absent = [key for key in ("lora_A", "lora_B", "lora_E") if key not in factors]
+    if absent:
+        return None, [f"{path} has no {absent[0]}"]
+    a, b, e = factors["lora_A"], factors["lora_B"], factors["lora_E"]
+    start, mask = config["init_r"], (config["rank_pattern"] or {}).get(f"{path}.lora_E")
+    if mask is not None and len(mask) != start:
+        return None, [f"{path}: init_r is {start}, and its rank_pattern of {len(mask)}"]
+    r = start if mask is None else sum(mask)
+    if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1], *e.shape) != (r, r, r, 1):
+        shapes = ", ".join(f"{key} {tuple(t.shape)}" for key, t in sorted(factors.items()))
+        return None, [f"{path}: rank {r} by the config, {shapes}"]
+    # ΔW = alpha / (init_r + 1e-5) * B diag(E) A
+    return finite(path, Pair(e * a, b, config["lora_alpha"] / (start + 1e-5)))
 
 
 def read_folder(folder):
@@ -88,19 +120,23 @@ def read_folder(folder):
     path = next((p for p in files if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no adapter_model.safetensors")
-    factors, head, problems = sort_tensors(hf_folder.read_file(path))
+    kind = config["peft_type"]
+    factors, head, problems = sort_tensors(hf_folder.read_file(path), kind)
     pairs, targets = {}, config["target_modules"]
     for module, two in factors.items():
         if targets != "all-linear" and not names(targets, module):
             problems.append(f"{module} has tensors and is not in target_modules")
         if names(config["exclude_modules"], module):
             problems.append(f"{module} has tensors and is in exclude_modules")
-        pair, more = pair_of(config, module, two)
+        pair, more = (adalora_pair if kind == "ADALORA" else pair_of)(config, module, two)
         problems += more
         if pair:
             pairs[module] = pair
     if not factors:
         problems.append(f"{path} has no lora_A and lora_B")
+    for key in (config["rank_pattern"] or ()) if kind == "ADALORA" else ():
+        if key.removesuffix(".lora_E") not in factors:
+            problems.append(f"{key} is in rank_pattern and has no tensor")
     for entry in targets if isinstance(targets, list) else ():
         if not any(names([entry], module) for module in factors):
             problems.append(f"target {entry!r} has no tensors")
@@ -178,7 +214,7 @@ def fit(config, found, head, model):
         magnitudes = [None] * len(outs) if pair.magnitude is None else pair.magnitude.split(outs)
         parts = zip(weights, pair.lora_B.split(outs), magnitudes, strict=True)
         for name, part, magnitude in parts:
-            if part.any() or whole:  # all of B, or the rows of q, k or v in c_attn
+            if pair.r and (part.any() or whole):  # all of B, or the rows of q, k or v in c_attn
                 pairs[name] = Pair(pair.lora_A, part, pair.scaling, magnitude)
     parameters, more = fit_head(config, head, model)
     return pairs, parameters, problems + more
