@@ -6,13 +6,16 @@
     grid            a decision as text
 
     name   | symbol | meaning
-    keep   | p      | fraction of the modules that are on; n_l LoRA modules, n_s shortcuts
+    keep   | p      | fraction of the modules that are on
+           | n_l    | number of LoRA modules on linear layers
+           | n_s    | number of LoRA-adapted shortcuts
     cost   |        | trainable parameters of a module, r (in + out)
-    budget |        | what is to be spent: a number of trainable parameters
+    budget |        | number of trainable parameters that may be on at once
 
 Names are those of lora.adapters ("layers.3.q_proj"). Every function takes names and numbers only,
 so that it can be checked by brute force. Ties come from a generator that is passed in, and do not
-depend on the order of the names. The rules are those of the released dyrealloc_callback.py.
+depend on the order of the names. keep_top and the schedule follow the released
+dyrealloc_callback.py, but for what docs/deviations.md says of ties, budgets and steps.
 
 What this file does not do: touch a model or a tensor of one (lora.switch does), compute scores.
 """

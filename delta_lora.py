@@ -9,7 +9,7 @@
     start           | K          | integer; t counts optimizer steps from 0
     layer.scaling   | s          | number
     old_A, old_B    | A_t, B_t   | (r, in), (out, r)  copies, taken before the optimizer's step
-    begin, end      | P_begin, … | (A, B) where a stretch of moving W began and ended
+    begin, end      |            | the pairs (A, B) at which a stretch of moving W began and ended
 
 When W moves. Algorithm 1 counts t from 0 and asks for t > K, strictly. So with start=K the weight
 moves first after optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), where P(n) is B A after
@@ -29,7 +29,9 @@ cancels, and the rank is 2r at most again.
 Two things to know. With the adapter off the model computes with W_T, not W_0. And merging gives
 W_T + s B A, with scale s: W_T holds the lambda part already.
 
-deviates: nothing. What this file does not do: dropout on the branch (refused: with it dL/d(BA) is
+deviates: nothing.
+
+What this file does not do: dropout on the branch (refused: with it dL/d(BA) is
 no longer s dL/dW, the reason for which the paper removes it), weights of 16 bits or less, weights
 that two layers share.
 """

@@ -16,7 +16,7 @@ A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
     scaling     | alpha / r | number
     delta_w()   | ΔW        | (out, in)  scaling * B A
     when_off    |           | "out": what is off leaves the forward pass; "frozen": it stays in it
-    ranks_off   | k         | of single ranks (support/switches.py): those that are off; else []
+    ranks_off   | k         | indices of the ranks that are off (support/switches.py); mostly []
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
 embeddings, LayerNorm or biases. What is given to it is checked in support/doors.py.

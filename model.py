@@ -1,4 +1,4 @@
-"""One Transformer for BERT, RoBERTa, OPT, GPT-2, LLaMA, Qwen and Gemma, with their weights.
+"""One Transformer for BERT, RoBERTa, OPT, GPT-2, LLaMA, Mistral, Qwen2, Qwen3 and Gemma.
 
 The families differ in few places, all of them fields of `Config` that `Block` and `Transformer`
 read: where the norm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: all others) and
@@ -15,7 +15,7 @@ Figure 1) can adapt: six linear layers, a seventh where there is a gate, and fou
     rotation        | cos, sin| (1 or b, t, d_h / 2) of the angles by which q and k are turned
     read            |         | (b,)              the one position of each example that the
                     |         |                   classification head reads
-    cache           | K, V    | a block's keys and values of the tokens before, dict; empty at first
+    cache           | K, V    | dict of a block's keys and values of earlier tokens; empty at first
 
 What this file does not do: low-rank adapters (lora.py puts them in place of the modules), what a
 family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
@@ -49,7 +49,7 @@ class Config:
 
     max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
     rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
-    What has a default is what LLaMA and its relatives brought, and what config.json lacks.
+    Fields with a default are those of the LLaMA-like families, and those not from config.json.
     """
 
     family: str  # key of families.FAMILIES; the model itself reads the fields below alone
@@ -222,7 +222,8 @@ class Block(nn.Module):
     The search space of HeteroLoRA, all places: lora.inject puts a LoRALayer in any of them.
     Where nothing was injected, a residual is the identity and a cross-layer shortcut is absent.
 
-    shortcut_sa carries the input of this block's self-attention to the input of the next block's.
+    shortcut_sa carries the input of this block's self-attention to the input of the next block's,
+    both taken from the residual stream, where a pre-LN block has yet to normalise it.
     The last block has one too: there is no next block, so it feeds what comes after, the final
     norm or the head. shortcut_ffn carries the FFN input of the block before to this block's, so
     block 0, with none before it, has no shortcut_ffn.

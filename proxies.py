@@ -9,23 +9,23 @@ takes its share of the batches; gradients and counts are summed (support/distrib
     constant       | 1                                                         | 1
     grad_norm      | ||dL/dA||_F + ||dL/dB||_F                                 | ||s G A^T||_F
     snip           | sum |A o dL/dA| + sum |B o dL/dB|                         | exactly 0
-    synflow        | sum |A o dR/dA| + sum |B o dR/dB|, R: a linearised |net|  | exactly 0
+    synflow        | sum |A o dR/dA| + sum |B o dR/dB|, R: see synflow below   | exactly 0
     grasp          | sum A o (H g)_A + sum B o (H g)_B                         | ||dL/dB||_F^2
     fisher         | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                      | exactly 0
     alpha_test     | 10 x the smallest a at which a s B A keeps the accuracy   | exactly 0
     grad_norm_slot | ||G||_F                                                   | the same
     snip_slot      | sum |W o G|                                               | the same
 
-G = dL/dW is the gradient of the dense matrix in that place (W, identity or zero). The two slot
-scores say what the place is worth, the others what this pair in it is worth. A_k is row k of A,
-o the product entry by entry. synflow_released and alpha_test_released, at the end, compute what
-the released code does.
+G = dL/dW, and W is the matrix that has this place: the frozen weight, of a residual the identity,
+of a cross-layer shortcut zero. The two slot scores say what the place is worth, the others what
+this pair in it is worth. A_k is row k of A, o the product entry by entry. synflow_released and
+alpha_test_released, at the end, compute what the released code does.
 
-WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and every score made of weight
-times gradient is exactly 0 for every module. SNIP, SYNFLOW and FISHER then choose at random: once
-before training, and dynamically for ever, since a module that was never on keeps B = 0. score()
-warns when that happens. GRAD-NORM lives, as ||s G A^T||: a random projection of G, proportional
-to s.
+WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and a score that multiplies each
+factor by its own gradient is exactly 0 for every module. With SNIP, SYNFLOW and FISHER the first
+choice is then a random draw, and score() warns. A dynamic run stays with that draw: what was on has
+B other than 0 and scores above 0, and what was never on scores 0 again. GRAD-NORM lives, as
+||s G A^T||: a random projection of G, proportional to s.
 
 What this file does not do: choose (allocate.py), or change anything. Parameters, buffers, .grad,
 requires_grad, train/eval mode, on/off and the RNG are as before, also when the loss raises.
@@ -82,7 +82,7 @@ def score(name, model, batches):
     if not any(scores.values()):
         warnings.warn(
             f"all {name} scores are zero: the choice is random; while lora_B is zero, "
-            "grad_norm, grad_norm_slot and snip_slot still tell modules apart",
+            "grad_norm, grasp, grad_norm_slot and snip_slot still tell modules apart",
             stacklevel=2,
         )
     return scores
@@ -421,7 +421,7 @@ def snip_slot(model, batches):
     """SNIP of the place itself.
 
     W is the identity for a residual: the sum of |diagonal of G|. It is zero for a cross-layer
-    shortcut, which can only be chosen by grad_norm_slot.
+    shortcut, which this score therefore never prefers: grad_norm_slot can.
     """
     slots = slot_gradients(model, batches)
     # S = sum |W o dL/dW|

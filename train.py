@@ -7,13 +7,13 @@ Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
     loss       | mean over the examples of a step, whatever batches they came in; of text tasks over
                | all predicted tokens
     decision   | which modules are on: score, choose, switch; before a step, never inside one
-    position   | epoch (finished ones), step_in_epoch, step (in all)
+    position   | epoch, the number of finished ones; step_in_epoch; step, the number in all
 
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
 
-What this file does not do: compile, search hyper-parameters, load or shard a model (model.py,
-support/large.py).
+What this file does not do: compile, search hyper-parameters (tools/compare.py does), load or shard
+a model (model.py, support/large.py).
 """
 
 import contextlib

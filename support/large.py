@@ -5,13 +5,13 @@
                         residual stream and all that leaves the model is float32.
     --shard yes         each block's frozen weights lie in equal parts on all processes (FSDP2,
                         torch.distributed.fsdp.fully_shard). A block is whole only while it
-                        computes. What trains, and what is no block, is whole everywhere.
+                        computes. What trains, and what is in no block, every process has whole.
 
 A block that is gathered is an exchange, in which every process takes part: all of them have to call
 the model equally often (support/distributed.py: even, shares, part).
 
 What this file does not do: weights of fewer than 16 bits, shard the embeddings or the optimizer's
-moments (of adapters, they are small), save a sharded base (nothing in it has changed).
+moments (of adapters, they are small), save a sharded base (it equals the pretrained one).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def stays_wide(name, head=()):
 def cast_base(model, base_dtype):
     """Put the frozen weights into a dtype, in place, before or after lora.inject.
 
-    Back in "fp32" the weights are what bfloat16 has left of them.
+    Back in "fp32" the weights are the rounded numbers, which float32 holds exactly.
 
     Args:
         model: model.Transformer in float32, or one that was cast before.

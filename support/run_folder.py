@@ -5,6 +5,7 @@
     allocation.json       every decision: scores, and what is on
     checkpoint.pt         the state of the run, and checkpoint.previous.pt (checkpoint.py)
     adapter.safetensors   what was trained (adapter_file.py)
+    written.json          of text tasks: prompts, what was written, references
     lock                  held by the process that writes here
 
 Files are written beside their final name, flushed to the disk, and renamed.

@@ -1,10 +1,10 @@
 """All tasks that train.py knows, those of glue.py and those of texts.py, behind the same calls.
 
-    task       | loaded as                 | head            | example's label
-    glue.py's  | (texts, label)            | classification  | class id or score
-    texts.py's | record, (prompt, targets) | lm              | an id for each token, or -100
+    tasks of | a record is       | the model's head | the label of an example
+    glue.py  | (texts, label)    | classification   | class id, or a number where the task rates
+    texts.py | (prompt, targets) | lm               | per token its id, or -100: not predicted
 
-What this file does not do: read a format (glue.py, texts.py), score (evaluation.py).
+What this file does not do: read a format (glue.py, texts.py), measure (evaluation.py).
 """
 
 from support import download, glue, hf_folder, texts

@@ -9,11 +9,11 @@
     record     | (prompt, [target, …]): a prompt is answered by each of its targets
     example    | dict of two lists of t ints: input_ids, the prompt, one target, the end of text;
                | label, the same with -100 where nothing is to be predicted: in the prompt
-    window     | an example of t tokens out of a running text, all of them to be predicted
+    window     | an example of t tokens of a running text; all but the first are predicted
     prompt     | Prompt: what a model answers when it is measured by what it writes
 
-The first token of a sequence is predicted from nothing, and so is never counted (model.loss shifts
-by one).
+The first token of a sequence would be predicted from nothing, so it never counts (model.predicted
+shifts by one).
 
 What this file does not do: batches (glue.py, of all tasks), metrics (evaluation.py, writing.py).
 """
@@ -39,11 +39,11 @@ HELD_OUT = 10  # of instructions one in so many is held out
 class Task:
     """One task whose answers are text.
 
-    files: split -> names, of which the first that is there is read. columns are joined to the
-    prompt, target holds what is to be written; hub, hub_files and hub_columns say the same of the
-    hub. form: what is asked, {} being the prompt. chat: the model's chat template is put around it,
-    where it has one. A task that `writes` is measured by its greedy output too, against all targets
-    of a prompt. length: --max-length where it is not given. metrics[0] is the headline.
+    files: split -> names, of which the first that is there is read. columns are joined to form
+    the prompt, target holds what is to be written; hub, hub_files and hub_columns say the same of
+    the hub. form: what is asked, {} being the prompt. chat: the model's chat template is put around
+    it, where it has one. A task with writes=True is measured by its greedy output too, against all
+    targets of a prompt. length: --max-length where it is not given. metrics[0] is the headline.
     """
 
     files: dict
