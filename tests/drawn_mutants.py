@@ -12,8 +12,9 @@
 
 Edits are replacements in the text, never a new print of the tree: line numbers, comments and all
 other characters stay as they are. Left alone is what cannot compute anything: docstrings, type
-annotations, imports, the messages of raise, what is written inside f-strings, and the order of the
-arguments of max and min.
+annotations, imports, the messages of raise, and what is written inside f-strings. Nor is an edit
+drawn that changes nothing: the order of arguments of which all orders are the same (SYMMETRIC), and
+zip's strict, a guard for lists whose lengths are always the same.
 """
 
 import ast
@@ -44,6 +45,7 @@ OTHER = {
     ast.And: ("and", "or"),
     ast.Or: ("or", "and"),
 }
+SYMMETRIC = ("max", "min", "equal", "transpose", "promote_types")  # functions, and methods too
 BEFORE = {ast.Not: "not ", ast.USub: "-", ast.Invert: "~"}
 SIMPLE = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue,
           ast.Break, ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)  # fmt: skip
@@ -223,7 +225,10 @@ class Drawing(ast.NodeVisitor):
             self.replace(node, repr(node.value * 2 or 1.0), "number")
 
     def visit_Call(self, node):
-        if getattr(node.func, "id", "") not in ("max", "min"):
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name == "zip":
+            node.keywords = []
+        if name not in SYMMETRIC:
             for left, right in zip(node.args, node.args[1:], strict=False):
                 if not isinstance(left, ast.Starred) and not isinstance(right, ast.Starred):
                     (start, middle), (other, end) = self.span(left), self.span(right)

@@ -65,7 +65,7 @@ SECONDS = (
 WAIT = 5  # seconds of the clock for each of these, as other programs run too
 
 CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first
-    "model.py": [MODEL, SHORTCUTS, FOLDER, DOORS, TRAIN],
+    "model.py": [MODEL, CAUSAL, SHORTCUTS, FOLDER, GENERATION, DOORS, TRAIN],
     "lora.py": [LORA, WHEN_OFF, RANKS, SHORTCUTS, DELTA, DOORS],
     "proxies.py": [PROXIES, DOORS, SETTINGS, HETERO],
     "allocate.py": [ALLOCATE, HETERO, RANKS, TRAIN],
@@ -580,11 +580,11 @@ def recorded(path):
     return {tuple(key): said for *key, said in lines if said.startswith(("killed", "broken"))}
 
 
-def systematic(words, sample, seed, processes, minutes, concerned=False, record=None):
+def systematic(words, sample, seed, processes, minutes, first=None, record=None):
     """Mutants that are drawn, in a random order, as many as there is time for; the exit code.
 
     First the tests that concern the file, the likeliest first; what survives these meets all the
-    others, unless only those that are concerned are wanted. At last every test that killed one is
+    others, unless only the first few files of tests are wanted. At last every test that killed one is
     run without any edit: it must pass. What a record holds as noticed is not run again; what is
     run now joins it.
     """
@@ -594,8 +594,9 @@ def systematic(words, sample, seed, processes, minutes, concerned=False, record=
     found, done = found[:sample], recorded(record)
     done = {key: done[key] for *_, key in found if key in done}
     source = {file: (ROOT / file).read_text() for file in CONCERNED}
+    tests = {file: names[:first] for file, names in CONCERNED.items()}
     jobs = [
-        Job(f, m.apply(source[f]), CONCERNED[f], (m, key)) for f, m, key in found if key not in done
+        Job(f, m.apply(source[f]), tests[f], (m, key)) for f, m, key in found if key not in done
     ]
     counts = collections.Counter(said[:6] for said in done.values())
     killers = {said.split()[-1] for said in done.values() if said.startswith("killed by")}
@@ -603,7 +604,7 @@ def systematic(words, sample, seed, processes, minutes, concerned=False, record=
         mutant, key = job.about
         if said == "SURVIVED" and key[:4] in known:
             said = f"listed: {known[key[:4]]}"
-        elif said == "SURVIVED" and job.tests is CONCERNED[job.file] and not concerned:
+        elif said == "SURVIVED" and job.tests is tests[job.file] and not first:
             print(f"{job.file}:{mutant.line} {key[2]} -> {key[3]}: to all tests", flush=True)
             jobs.insert(0, job._replace(tests=others(job.tests), seconds=5 * SECONDS))
             continue
@@ -616,7 +617,7 @@ def systematic(words, sample, seed, processes, minutes, concerned=False, record=
         if not said.startswith(("killed", "broken")):
             print(f"- {key[2]}\n+ {key[3]}", flush=True)
         if time.monotonic() > end:
-            jobs[:] = [job for job in jobs if job.tests is not CONCERNED[job.file]]
+            jobs[:] = [job for job in jobs if job.tests is not tests[job.file]]
     killed = counts["killed"] + counts["broken"]  # so that it cannot be imported: noticed
     print(
         f"{len(found)} drawn, {counts.total()} reached in time: {killed} killed, "
@@ -647,9 +648,7 @@ def main(argv):
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant later")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--concerned",
-        action="store_true",
-        help="only the tests that concern a file, not all others",
+        "--first", type=int, help="only so many files of the tests that concern a file, no others"
     )
     parser.add_argument(
         "--record", type=Path, help="file of those that are done: what was noticed is not run again"
@@ -667,7 +666,7 @@ def main(argv):
             args.seed,
             args.processes,
             args.minutes,
-            args.concerned,
+            args.first,
             args.record,
         )
     else:
