@@ -58,6 +58,7 @@ ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 TEXTS, TEXT_RUNS = "test_texts.py", "test_text_runs.py"
 LARGE = "test_large.py"
+DEFAULTS = "test_defaults.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
 SECONDS = (
     120  # of the processor, for the tests of one mutant; all tests may take five times as many
@@ -65,8 +66,8 @@ SECONDS = (
 WAIT = 5  # seconds of the clock for each of these, as other programs run too
 
 CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first
-    "model.py": [MODEL, CAUSAL, SHORTCUTS, FOLDER, GENERATION, DOORS, TRAIN],
-    "lora.py": [LORA, WHEN_OFF, RANKS, SHORTCUTS, DELTA, DOORS],
+    "model.py": [MODEL, CAUSAL, DEFAULTS, SHORTCUTS, FOLDER, GENERATION, DOORS, TRAIN],
+    "lora.py": [LORA, DEFAULTS, SHORTCUTS, HETERO, WHEN_OFF, DOORS, RANKS, DELTA],
     "proxies.py": [PROXIES, DOORS, SETTINGS, HETERO],
     "allocate.py": [ALLOCATE, HETERO, RANKS, TRAIN],
     "delta_lora.py": [DELTA, WHEN_OFF, RANKS],
@@ -585,14 +586,15 @@ def systematic(words, sample, seed, processes, minutes, first=None, record=None)
 
     First the tests that concern the file, the likeliest first; what survives these meets all the
     others, unless only the first few files of tests are wanted. At last every test that killed one is
-    run without any edit: it must pass. What a record holds as noticed is not run again; what is
-    run now joins it.
+    run without any edit: it must pass. What is listed as no mistake is not run, nor what a record
+    holds as noticed; what is run now joins the record.
     """
     found, end = draw_all(words), time.monotonic() + 60 * minutes
     known = drawn_mutants.listed(SURVIVORS.read_text())
     random.Random(seed).shuffle(found)
-    found, done = found[:sample], recorded(record)
-    done = {key: done[key] for *_, key in found if key in done}
+    found, before = found[:sample], recorded(record)
+    done = {key: before[key] for *_, key in found if key in before}
+    done.update({key: "listed" for *_, key in found if key[:4] in known})
     source = {file: (ROOT / file).read_text() for file in CONCERNED}
     tests = {file: names[:first] for file, names in CONCERNED.items()}
     jobs = [
@@ -602,9 +604,7 @@ def systematic(words, sample, seed, processes, minutes, first=None, record=None)
     killers = {said.split()[-1] for said in done.values() if said.startswith("killed by")}
     for job, said in tested(jobs, processes):
         mutant, key = job.about
-        if said == "SURVIVED" and key[:4] in known:
-            said = f"listed: {known[key[:4]]}"
-        elif said == "SURVIVED" and job.tests is tests[job.file] and not first:
+        if said == "SURVIVED" and job.tests is tests[job.file] and not first:
             print(f"{job.file}:{mutant.line} {key[2]} -> {key[3]}: to all tests", flush=True)
             jobs.insert(0, job._replace(tests=others(job.tests), seconds=5 * SECONDS))
             continue

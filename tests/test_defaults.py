@@ -4,6 +4,7 @@ import torch
 
 import lora
 import tiny
+from delta_lora import DeltaLoRA
 from model import load_pretrained
 
 
@@ -27,3 +28,11 @@ def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
     assert default.classifier.weight.shape == (2, 12) and default.config.dropout == 0
     assert torch.equal(default.classifier.weight, same.classifier.weight)
     assert not torch.equal(default.classifier.weight, other.classifier.weight)
+
+
+def test_delta_lora_has_by_default_lambda_half_and_moves_the_weight_after_step_502():
+    model = tiny.model("bert")
+    lora.inject(model)
+    lora.mark_trainable(model)
+    delta = DeltaLoRA(model)
+    assert (delta.ratio, delta.start, delta.lazy) == (0.5, 500, False)

@@ -449,6 +449,26 @@ def test_merge_off_and_back(family):
     assert all(len(A) == 0 for A, _ in delta.export().values())
 
 
+def test_going_back_forgets_every_stretch():
+    """Those that have ended too: going back twice changes no bit, and W can move anew."""
+    m = problem()
+    w0, delta, optimizer = weights(m), DeltaLoRA(m, 0.8, -1), adamw(m)
+    layer = lora.adapters(m)["layers.1.fc1"]
+    for layer.enabled in (True, False, True):
+        run(m, 3, optimizer, delta)
+    delta.back_to_pretrained()
+    back = weights(m)
+    for name, w in back.items():
+        torch.testing.assert_close(w, w0[name], rtol=0, atol=1e-13)
+    delta.back_to_pretrained()
+    assert same(weights(m), back) and set(delta.weight_change().values()) == {0.0}
+    before = products(m)
+    run(m, 3, optimizer, delta)
+    for name, w in weights(m).items():
+        expected = back[name] + 0.8 * 2.5 * (products(m)[name] - before[name])
+        torch.testing.assert_close(w, expected, rtol=0, atol=1e-13)
+
+
 @pytest.fixture
 def flags(tmp_path):
     model, task = tiny.bert_folder(tmp_path / "model"), tiny.task_folder(tmp_path / "task")
