@@ -1,5 +1,7 @@
 """What a caller gets who names nothing: the values that the docstrings and the README state."""
 
+import hashlib
+
 import torch
 
 import lora
@@ -27,6 +29,12 @@ def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
     )
     assert default.classifier.weight.shape == (2, 12) and default.config.dropout == 0
     assert torch.equal(default.classifier.weight, same.classifier.weight)
+    assert default.fresh == ("classifier",)
+    rng = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(b"0/head").digest()[:8], "little")
+    )
+    assert torch.equal(default.classifier.weight, 0.02 * torch.randn(2, 12, generator=rng))
+    assert not default.classifier.bias.any()
     assert not torch.equal(default.classifier.weight, other.classifier.weight)
 
 

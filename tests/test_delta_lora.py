@@ -292,6 +292,18 @@ def tie(m):
             r"shared \(layers\.0\.q_proj\.base\.weight, layers\.1\.q_proj\.base\.weight\)",
         ),
         (
+            lambda m: setattr(m.layers[0].fc1.base, "twin", m.layers[0].fc1.base.weight),
+            1.0,
+            0,
+            r"shared \(layers\.0\.fc1\.base\.twin, layers\.0\.fc1\.base\.weight\)",
+        ),
+        (
+            lambda m: setattr(m.layers[1].q_proj, "base", m.layers[0].q_proj.base),
+            1.0,
+            0,
+            r"shared \(layers\.0\.q_proj\.base\.weight, layers\.1\.q_proj\.base\.weight\)",
+        ),
+        (
             lambda m: m.layers[2].fc1.base.weight.requires_grad_(True),
             1.0,
             0,
