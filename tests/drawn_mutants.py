@@ -45,7 +45,8 @@ OTHER = {
     ast.And: ("and", "or"),
     ast.Or: ("or", "and"),
 }
-SYMMETRIC = ("max", "min", "equal", "transpose", "promote_types")  # functions, and methods too
+# Functions and methods:
+SYMMETRIC = ("max", "min", "equal", "mse_loss", "transpose", "promote_types")
 BEFORE = {ast.Not: "not ", ast.USub: "-", ast.Invert: "~"}
 SIMPLE = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue,
           ast.Break, ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)  # fmt: skip
