@@ -43,6 +43,23 @@ def test_last_layer_at_one_position_equals_all_positions(family, every_token):
     torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
 
 
+def test_a_block_alone():
+    """Called with what it cannot do without: all positions, no rotation, no cache."""
+    m = tiny.model("bert")
+    batch = tiny.batch(m.config, lengths=(6, 6))
+    x = m.embed(batch["input_ids"])
+    q, k, v = m.layers[0].heads(x, x)
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).div(math.sqrt(4)).softmax(-1)
+    expected = torch.einsum("bhqk,bhkd->bqhd", weights, v).reshape(2, 6, 12)
+    expected = m.layers[0].out_proj(expected)
+    got = m.layers[0].attention(x, x, None, False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    h, ffn_input = x, None
+    for block in m.layers:
+        h, ffn_input = block(h, ffn_input, None)
+    assert torch.equal(h, m.encode(x, batch["attention_mask"].bool()))
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padding_and_company_change_nothing(family):
     """An example alone, unpadded, has the logits that it has in a padded batch."""
