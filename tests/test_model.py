@@ -43,6 +43,14 @@ def test_last_layer_at_one_position_equals_all_positions(family, every_token):
     torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
 
 
+def test_word_embeddings_are_scaled():
+    """As Gemma does: by 1 nothing changes, by 2 or 3 all is so many times as large."""
+    ids = torch.tensor([[7, 8, 9]])
+    once = tiny.model("llama").embed(ids)
+    for factor in (2.0, 3.0):
+        assert torch.equal(tiny.model("llama", embed_scale=factor).embed(ids), factor * once)
+
+
 def test_a_block_alone():
     """Called with what it cannot do without: all positions, no rotation, no cache."""
     m = tiny.model("bert")

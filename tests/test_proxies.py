@@ -126,9 +126,10 @@ def test_exactly_zero_at_b_zero_and_said(family, proxy):
     m, batches = problem(family, zero_b=True)
     with pytest.warns(
         UserWarning, match=f"all {proxy} scores are zero.*choice is random.*grad_norm"
-    ):
+    ) as said:
         scores = proxies.score(proxy, m, batches)
     assert set(scores.values()) == {0.0}
+    assert said[0].filename == __file__  # the line of the caller is shown
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
