@@ -187,6 +187,7 @@ def test_what_config_json_does_not_decide():
     """Two classes, no dropout, no second norm unless asked for; and a Config stays as it is."""
     c = Config.from_hf(tiny.BERT_CONFIG)
     assert (c.num_labels, c.head, c.dropout, c.shortcut_norm) == (2, "classification", 0.0, "none")
+    assert c.eos_token_ids == () and not c.pooler_in_head
     with pytest.raises(dataclasses.FrozenInstanceError):
         c.dropout = 0.5
 
