@@ -43,6 +43,12 @@ def test_last_layer_at_one_position_equals_all_positions(family, every_token):
     torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
 
 
+def test_a_head_of_its_own_is_one_matrix():
+    for tied, names in ((True, set()), (False, {"lm_head.weight"})):
+        m = tiny.model("llama", head="lm", tied=tied)
+        assert {n for n, _ in m.named_parameters() if "head" in n} == names
+
+
 def test_word_embeddings_are_scaled():
     """As Gemma does: by 1 nothing changes, by 2 or 3 all is so many times as large."""
     ids = torch.tensor([[7, 8, 9]])
@@ -187,7 +193,7 @@ def test_what_config_json_does_not_decide():
     """Two classes, no dropout, no second norm unless asked for; and a Config stays as it is."""
     c = Config.from_hf(tiny.BERT_CONFIG)
     assert (c.num_labels, c.head, c.dropout, c.shortcut_norm) == (2, "classification", 0.0, "none")
-    assert c.eos_token_ids == () and not c.pooler_in_head
+    assert c.eos_token_ids == ()
     with pytest.raises(dataclasses.FrozenInstanceError):
         c.dropout = 0.5
 
