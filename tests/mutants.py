@@ -7,8 +7,8 @@ survives, if an edit no longer fits its file, or if its tests could not be run.
     python tests/mutants.py                                       those of the list below: the formulas and rules
     python tests/mutants.py --systematic [--sample N] [--seed S]  every small edit (drawn_mutants.py) of the six root files
 
-Of those that are drawn some compute the same as the source: they stand in survivors.txt, each with the reason. Exit code
-1 if one survives that is not listed.
+Of those that are drawn some compute the same as the source: they stand in survivors.txt, each with the reason, and are
+not run. Exit code 1 if another one survives. All of them take hours: with --record FILE they can be interrupted.
 
 Torch is loaded once; every mutant is tested in a process that is forked from here.
 """
@@ -60,9 +60,8 @@ TEXTS, TEXT_RUNS = "test_texts.py", "test_text_runs.py"
 LARGE = "test_large.py"
 DEFAULTS = "test_defaults.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
-SECONDS = (
-    120  # of the processor, for the tests of one mutant; all tests may take five times as many
-)
+# Of the processor, for the tests of one mutant; all tests may take five times as many.
+SECONDS = 120
 WAIT = 5  # seconds of the clock for each of these, as other programs run too
 
 CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first

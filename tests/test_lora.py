@@ -44,6 +44,15 @@ def test_delta_w_entry_by_entry():
             assert layer.delta_w()[o, i].item() == pytest.approx(entry.item(), abs=1e-14)
 
 
+def test_the_pair_is_the_change_at_scale_1_and_a_layer_says_what_it_is():
+    layer, _ = generic_layer()
+    A, B = layer.pair()
+    assert A.shape == (3, 7) and not (A.requires_grad or B.requires_grad)
+    expected = 4 / 3 * torch.einsum("ok,ki->oi", layer.lora_B, layer.lora_A).detach()
+    torch.testing.assert_close(B @ A, expected, rtol=0, atol=1e-14)
+    assert "r=3, lora_alpha=4, lora_dropout=0.0" in repr(layer)
+
+
 def test_initial_values():
     """A is uniform in ±1/sqrt(in) (fan-in, not fan-out), B is zero, the output is the base's."""
     base = nn.Linear(400, 20)
