@@ -62,6 +62,7 @@ DEFAULTS = "test_defaults.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
 # Of the processor, for the tests of one mutant; all tests may take five times as many.
 SECONDS = 120
+MEMORY = 2**33  # bytes: what grows without end fails in its process, and disturbs no other
 WAIT = 5  # seconds of the clock for each of these, as other programs run too
 
 CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first
@@ -481,6 +482,7 @@ def start(root, job, report):
     try:
         signal.alarm(WAIT * job.seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (job.seconds, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
         os.chdir(root)
         sys.path.remove(str(ROOT / "tests"))
         sys.dont_write_bytecode = True
