@@ -59,6 +59,7 @@ SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 TEXTS, TEXT_RUNS = "test_texts.py", "test_text_runs.py"
 LARGE = "test_large.py"
 DEFAULTS = "test_defaults.py"
+RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
 # Of the processor, for the tests of one mutant; all tests may take five times as many.
 SECONDS = 120
@@ -71,7 +72,7 @@ CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to n
     "proxies.py": [PROXIES, DOORS, SETTINGS, HETERO],
     "allocate.py": [ALLOCATE, HETERO, RANKS, TRAIN],
     "delta_lora.py": [DELTA, WHEN_OFF, RANKS],
-    "train.py": [TRAIN, HETERO, DOORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
+    "train.py": [TRAIN, HETERO, DOORS, ALLOCATORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
 }
 # Not of the code's behaviour, or minutes long in processes of their own.
 SKIPPED = (
@@ -92,8 +93,6 @@ class Job(NamedTuple):
     about: object
     seconds: int = SECONDS
 
-
-RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
 
 # fmt: off
 MUTANTS = [  # (file, old, new, what is wrong, tests)
