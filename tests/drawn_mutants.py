@@ -12,8 +12,9 @@
 
 Edits are replacements in the text, never a new print of the tree: line numbers, comments and all
 other characters stay as they are. Left alone is what cannot compute anything: docstrings, type
-annotations, imports, the messages of raise, what is written inside f-strings, and the order of the
-arguments of max and min.
+annotations, imports, the messages of raise, and what is written inside f-strings. Nor is an edit
+drawn that changes nothing: the order of arguments of which all orders are the same (SYMMETRIC,
+OF_NAMES), and zip's strict, a guard for lists whose lengths are always the same.
 """
 
 import ast
@@ -44,6 +45,9 @@ OTHER = {
     ast.And: ("and", "or"),
     ast.Or: ("or", "and"),
 }
+# Functions and methods whose arguments may come in any order; of the second ones, the strings may.
+SYMMETRIC = ("max", "min", "equal", "mse_loss", "transpose", "promote_types")
+OF_NAMES = ("named", "in_base_dtype")
 BEFORE = {ast.Not: "not ", ast.USub: "-", ast.Invert: "~"}
 SIMPLE = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue,
           ast.Break, ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)  # fmt: skip
@@ -223,9 +227,14 @@ class Drawing(ast.NodeVisitor):
             self.replace(node, repr(node.value * 2 or 1.0), "number")
 
     def visit_Call(self, node):
-        if getattr(node.func, "id", "") not in ("max", "min"):
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name == "zip":
+            node.keywords = []
+        if name not in SYMMETRIC:
             for left, right in zip(node.args, node.args[1:], strict=False):
-                if not isinstance(left, ast.Starred) and not isinstance(right, ast.Starred):
+                starred = isinstance(left, ast.Starred) or isinstance(right, ast.Starred)
+                names = name in OF_NAMES and is_text(left) and is_text(right)
+                if not starred and not names:
                     (start, middle), (other, end) = self.span(left), self.span(right)
                     a, gap, b = (
                         self.source[i:j]

@@ -7,14 +7,17 @@ survives, if an edit no longer fits its file, or if its tests could not be run.
     python tests/mutants.py                                       those of the list below: the formulas and rules
     python tests/mutants.py --systematic [--sample N] [--seed S]  every small edit (drawn_mutants.py) of the six root files
 
-Of those that are drawn some compute the same as the source: they stand in survivors.txt, each with the reason. Exit code
-1 if one survives that is not listed.
+Of those that are drawn some compute the same as the source: they stand in survivors.txt, each with the reason, and are
+not run. Exit code 1 if another one survives. All of them take hours: with --record FILE they can be interrupted.
 
 Torch is loaded once; every mutant is tested in a process that is forked from here.
 """
 
 import argparse
 import collections
+import gc
+import importlib.metadata
+import json
 import math
 import os
 import random
@@ -55,19 +58,21 @@ ADAPTERS2 = "test_relatives_adapters2.py"
 SETTINGS, DOORS, GLUE = "test_settings.py", "test_doors.py", "test_glue.py"
 TEXTS, TEXT_RUNS = "test_texts.py", "test_text_runs.py"
 LARGE = "test_large.py"
+DEFAULTS = "test_defaults.py"
+RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
 SURVIVORS = ROOT / "tests" / "survivors.txt"
-SECONDS = (
-    120  # of the processor, for the tests of one mutant; all tests may take five times as many
-)
+# Of the processor, for the tests of one mutant; all tests may take five times as many.
+SECONDS = 120
+MEMORY = 2**33  # bytes: what grows without end fails in its process, and disturbs no other
 WAIT = 5  # seconds of the clock for each of these, as other programs run too
 
 CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to notice first
-    "model.py": [MODEL, SHORTCUTS, FOLDER, DOORS, TRAIN],
-    "lora.py": [LORA, WHEN_OFF, RANKS, SHORTCUTS, DELTA, DOORS],
+    "model.py": [MODEL, CAUSAL, DEFAULTS, SHORTCUTS, FOLDER, GENERATION, DOORS, TRAIN],
+    "lora.py": [LORA, DEFAULTS, SHORTCUTS, HETERO, WHEN_OFF, DOORS, RANKS, DELTA],
     "proxies.py": [PROXIES, DOORS, SETTINGS, HETERO],
     "allocate.py": [ALLOCATE, HETERO, RANKS, TRAIN],
     "delta_lora.py": [DELTA, WHEN_OFF, RANKS],
-    "train.py": [TRAIN, HETERO, DOORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
+    "train.py": [TRAIN, HETERO, DOORS, ALLOCATORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
 }
 # Not of the code's behaviour, or minutes long in processes of their own.
 SKIPPED = (
@@ -88,9 +93,6 @@ class Job(NamedTuple):
     about: object
     seconds: int = SECONDS
 
-
-RULES, ALLOCATORS = "test_relatives_optimizers.py", "test_relatives_allocators.py"
-SECONDS = 300  # for the tests of one mutant
 
 # fmt: off
 MUTANTS = [  # (file, old, new, what is wrong, tests)
@@ -479,13 +481,17 @@ def start(root, job, report):
     try:
         signal.alarm(WAIT * job.seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (job.seconds, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
         os.chdir(root)
         sys.path.remove(str(ROOT / "tests"))
         sys.dont_write_bytecode = True
         os.dup2(report.fileno(), 1)
         os.dup2(report.fileno(), 2)
-        tests = [f"tests/{t}" for t in job.tests]
-        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])
+        for tests in filter(None, (job.tests[:1], job.tests[1:])):  # most die in the first file
+            tests = [f"tests/{t}" for t in tests]
+            code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])
+            if code:
+                break
     finally:
         sys.stdout.flush()
         os._exit(int(code))
@@ -510,13 +516,12 @@ def verdict(status, report):
 def tested(jobs, processes):
     """Run the jobs of a list, first to last, while others may change it; yields (job, verdict)."""
     running = {}
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis"
-    )
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", ".hypothesis")
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / f"copy{i}" for i in range(processes)]
         for copy in copies:
             shutil.copytree(ROOT, copy, ignore=ignored)
+            shutil.rmtree(copy / "__pycache__", ignore_errors=True)  # of the files that are edited
         while jobs or running:
             while jobs and copies:
                 job, root = jobs.pop(0), copies.pop()
@@ -554,46 +559,65 @@ def draw_all(words):
     """Every mutant that drawn_mutants finds in the root files.
 
     Returns:
-        list of (file, mutant, (file, function, line before, line after)), the last as in survivors.txt.
+        list of (file, mutant, (file, function, line before, line after, n)), where the last without
+        n is as in survivors.txt, and n counts those that are alike in all this.
     """
-    found = []
+    found, alike = [], collections.Counter()
     for file in CONCERNED:
         source = (ROOT / file).read_text()
         for mutant in drawn_mutants.draw(source):
-            about = file, mutant.where, *mutant.lines(source), mutant.what
-            if not words or any(w in text for w in words for text in about):
-                found.append((file, mutant, about[:4]))
+            key = file, mutant.where, *mutant.lines(source)
+            alike[key] += 1
+            if not words or any(w in text for w in words for text in (*key, mutant.what)):
+                found.append((file, mutant, (*key, alike[key])))
     return found
 
 
-def systematic(words, sample, seed, processes, minutes):
+def recorded(path):
+    """{key: verdict} of the mutants that a record holds as noticed: a line of JSON for each."""
+    if not path or not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {tuple(key): said for *key, said in lines if said.startswith(("killed", "broken"))}
+
+
+def systematic(words, sample, seed, processes, minutes, first=None, record=None):
     """Mutants that are drawn, in a random order, as many as there is time for; the exit code.
 
     First the tests that concern the file, the likeliest first; what survives these meets all the
-    others. At last every test that killed one is run without any edit: it must pass.
+    others, unless only the first few files of tests are wanted. At last every test that killed one is
+    run without any edit: it must pass. What is listed as no mistake is not run, nor what a record
+    holds as noticed; what is run now joins the record.
     """
     found, end = draw_all(words), time.monotonic() + 60 * minutes
     known = drawn_mutants.listed(SURVIVORS.read_text())
     random.Random(seed).shuffle(found)
-    found = found[:sample]
+    found, before = found[:sample], recorded(record)
+    done = {key: before[key] for *_, key in found if key in before}
+    done.update({key: "listed" for *_, key in found if key[:4] in known})
     source = {file: (ROOT / file).read_text() for file in CONCERNED}
-    jobs = [Job(f, m.apply(source[f]), CONCERNED[f], (m, key)) for f, m, key in found]
-    counts, killers = collections.Counter(), set()
+    tests = {file: names[:first] for file, names in CONCERNED.items()}
+    jobs = [
+        Job(f, m.apply(source[f]), tests[f], (m, key)) for f, m, key in found if key not in done
+    ]
+    counts = collections.Counter(said[:6] for said in done.values())
+    killers = {said.split()[-1] for said in done.values() if said.startswith("killed by")}
     for job, said in tested(jobs, processes):
         mutant, key = job.about
-        if said == "SURVIVED" and key in known:
-            said = f"listed: {known[key]}"
-        elif said == "SURVIVED" and job.tests is CONCERNED[job.file]:
+        if said == "SURVIVED" and job.tests is tests[job.file] and not first:
             print(f"{job.file}:{mutant.line} {key[2]} -> {key[3]}: to all tests", flush=True)
             jobs.insert(0, job._replace(tests=others(job.tests), seconds=5 * SECONDS))
             continue
         counts[re.match(r"\w+", said)[0]] += 1
         killers.update(re.findall(r"^killed by (\S+)", said))
+        if record:
+            with open(record, "a") as file:
+                file.write(json.dumps([*key, said]) + "\n")
         print(f"{job.file}:{mutant.line} {mutant.where}: {mutant.what}: {said}", flush=True)
         if not said.startswith(("killed", "broken")):
             print(f"- {key[2]}\n+ {key[3]}", flush=True)
         if time.monotonic() > end:
-            jobs[:] = [job for job in jobs if job.tests is not CONCERNED[job.file]]
+            jobs[:] = [job for job in jobs if job.tests is not tests[job.file]]
     killed = counts["killed"] + counts["broken"]  # so that it cannot be imported: noticed
     print(
         f"{len(found)} drawn, {counts.total()} reached in time: {killed} killed, "
@@ -623,11 +647,28 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the order in which they are drawn")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant later")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--first", type=int, help="only so many files of the tests that concern a file, no others"
+    )
+    parser.add_argument(
+        "--record", type=Path, help="file of those that are done: what was noticed is not run again"
+    )
     args = parser.parse_args(argv)
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # loads the rest of torch
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
+    gc.freeze()  # so that no process looks through all this again
     started = time.monotonic()
     if args.systematic:
-        code = systematic(args.words, args.sample, args.seed, args.processes, args.minutes)
+        code = systematic(
+            args.words,
+            args.sample,
+            args.seed,
+            args.processes,
+            args.minutes,
+            args.first,
+            args.record,
+        )
     else:
         code = from_the_list(args.words, args.processes)
     print(f", {time.monotonic() - started:.0f} s")

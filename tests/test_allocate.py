@@ -76,6 +76,35 @@ def test_ties_do_not_depend_on_the_order_of_the_names():
         assert first == allocate.within_budget(backwards, costs, 21, rng(seed)) and len(first) == 3
 
 
+def test_everything_and_no_shortcut():
+    """keep 1 is allowed and keeps all; round(0.2 * 2) shortcuts are none, ranked apart."""
+    scores = random_scores(5) | random_scores(2, 1, "residual_1")
+    assert allocate.keep_top(scores, 1) == set(scores)
+    assert allocate.keep_top(scores, 0.2, together=False) == {
+        max(random_scores(5).items(), key=lambda x: x[1])[0]
+    }
+
+
+def test_without_a_generator_ties_are_those_of_seed_0():
+    """As documented, so that a decision can be repeated; seed 1 would give another."""
+    tied, costs = dict.fromkeys(names(10), 1.0), dict.fromkeys(names(10), 3)
+    decisions = [
+        lambda **by: allocate.keep_top(tied, 0.5, **by),
+        lambda **by: allocate.within_budget(tied, costs, 15, **by),
+        lambda **by: allocate.Reallocator(costs, mode="static", keep=0.5, **by).choose(tied, 0, 0),
+    ]
+    for decide in decisions:
+        assert decide() == decide(generator=rng(0)) != decide(generator=rng(1))
+
+
+def test_by_default_a_quarter_is_kept_in_one_ranking():
+    scores = random_scores(8) | {n: v / 9 for n, v in random_scores(8, 1, "residual_1").items()}
+    expected = set(sorted(scores, key=scores.get)[-4:])  # no shortcut is among them
+    assert not any(map(allocate.is_shortcut, expected))
+    plan = allocate.Reallocator(dict.fromkeys(scores, 9), mode="dynamic")
+    assert allocate.keep_top(scores) == plan.choose(scores, 0, 0) == expected
+
+
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, math.nan])
 def test_keep_out_of_range(keep):
     with pytest.raises(ValueError, match="allowed: 0 < keep <= 1"):
@@ -158,6 +187,10 @@ def test_three_hundred_modules_of_mixed_size():
     assert fraction * 0.999 < total <= fraction + 1e-9
 
 
+def test_a_budget_of_one_parameter_is_one():
+    assert allocate.within_budget({"a": 0.5, "b": 0.4}, {"a": 1, "b": 1}, 1) == {"a"}
+
+
 def test_more_than_everything_switches_everything_on():
     scores, costs = random_scores(5), dict.fromkeys(names(5), 10)
     assert allocate.within_budget(scores, costs, 10**9) == set(scores)
@@ -165,7 +198,8 @@ def test_more_than_everything_switches_everything_on():
 
 @pytest.mark.parametrize("budget", [0, -5, math.nan, math.inf, 9])
 def test_impossible_budgets(budget):
-    with pytest.raises(ValueError, match="the budget"):
+    why = "less than the smallest module needs: 10" if budget == 9 else "allowed: a positive number"
+    with pytest.raises(ValueError, match=f"the budget .*{why}"):
         allocate.within_budget(random_scores(3), dict.fromkeys(names(3), 10), budget)
 
 
@@ -227,14 +261,27 @@ def test_static_schedule_is_once():
     assert [s for s in range(20) if p.due(s, s % 5, 5)] == [0]
 
 
+def test_a_plan_without_a_decision_is_refused_when_it_is_made():
+    costs = {"layers.0.q_proj": 24, "layers.0.fc1": 40}
+    with pytest.raises(ValueError, match=r"keep 0\.25 of 2 modules is none"):
+        allocate.Reallocator(costs, mode="static")
+    with pytest.raises(ValueError, match=r"23 parameters is less than .* needs: 24$"):
+        allocate.Reallocator(costs, mode="static", budget=23)
+    with pytest.raises(ValueError, match=r"5 parameters is less than .* needs: 6$"):
+        allocate.Reallocator(costs, mode="static", budget=5, parts=4)
+    allocate.Reallocator(costs, mode="static", budget=6, parts=4)  # one rank of four
+
+
 def test_history_and_state():
     p = plan()
     on = p.choose(random_scores(8, 1), step=0, epoch=0)
     p.choose(dict.fromkeys(names(8), 0.0), step=7, epoch=1)
-    assert [h["step"] for h in p.history] == [0, 7]
+    assert [(h["step"], h["epoch"]) for h in p.history] == [(0, 0), (7, 1)]
+    assert p.history[0]["scores"] == random_scores(8, 1)
     assert {n for n, is_on in p.history[0]["on"].items() if is_on} == on and len(on) == 2
     twin = plan()
     twin.load(p.state())
+    assert twin.history == p.history
     ties = dict.fromkeys(names(8), 1.0)
     assert twin.choose(ties, 9, 1) == p.choose(ties, 9, 1)
     assert len(plan(budget=35).choose(random_scores(8, 1), 0, 0)) == 3

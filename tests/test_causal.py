@@ -1,6 +1,7 @@
 """LLaMA and its relatives: model.py against dense.py, and what their files say and refuse."""
 
 import json
+import math
 
 import pytest
 import safetensors.torch
@@ -52,6 +53,22 @@ def test_angles_add_up():
     quarter = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]])  # cosines, sines
     got = rotate(torch.tensor([[[[1.0, 2.0, 0.0, 0.0]]]]), quarter)
     assert got.flatten().tolist() == [0.0, 0.0, 1.0, 2.0]
+
+
+def test_frequencies_between_low_and_high_are_mixed():
+    """LLaMA 3.1, by wavelengths, as its authors write it: short ones stay, long ones are cut."""
+    c = tiny.config("llama", head_dim=8, rope_theta=30.0, rope_scaling=(8.0, 1.0, 4.0, 40.0))
+    cos, sin = rotation(c, torch.tensor([[1]]), torch.zeros(1, dtype=torch.float64))
+    expected, kinds = [], []
+    for i in range(4):
+        f = 30.0 ** (-i / 4)
+        wavelength = 2 * math.pi / f
+        smooth = (40 / wavelength - 1) / (4 - 1)
+        kinds.append("short" if wavelength < 40 / 4 else "long" if wavelength > 40 else "between")
+        mixed = (1 - smooth) * f / 8 + smooth * f
+        expected.append({"short": f, "long": f / 8, "between": mixed}[kinds[-1]])
+    assert kinds == ["short", "between", "between", "long"]
+    assert torch.atan2(sin, cos).flatten().tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_angles_in_bfloat16_are_those_of_float32():

@@ -1,9 +1,12 @@
 """What a caller gets who names nothing: the values that the docstrings and the README state."""
 
+import hashlib
+
 import torch
 
 import lora
 import tiny
+from delta_lora import DeltaLoRA
 from model import load_pretrained
 
 
@@ -26,4 +29,18 @@ def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
     )
     assert default.classifier.weight.shape == (2, 12) and default.config.dropout == 0
     assert torch.equal(default.classifier.weight, same.classifier.weight)
+    assert default.fresh == ("classifier",)
+    rng = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(b"0/head").digest()[:8], "little")
+    )
+    assert torch.equal(default.classifier.weight, 0.02 * torch.randn(2, 12, generator=rng))
+    assert not default.classifier.bias.any()
     assert not torch.equal(default.classifier.weight, other.classifier.weight)
+
+
+def test_delta_lora_has_by_default_lambda_half_and_moves_the_weight_after_step_502():
+    model = tiny.model("bert")
+    lora.inject(model)
+    lora.mark_trainable(model)
+    delta = DeltaLoRA(model)
+    assert (delta.ratio, delta.start, delta.lazy) == (0.5, 500, False)

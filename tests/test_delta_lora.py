@@ -292,6 +292,18 @@ def tie(m):
             r"shared \(layers\.0\.q_proj\.base\.weight, layers\.1\.q_proj\.base\.weight\)",
         ),
         (
+            lambda m: setattr(m.layers[0].fc1.base, "twin", m.layers[0].fc1.base.weight),
+            1.0,
+            0,
+            r"shared \(layers\.0\.fc1\.base\.twin, layers\.0\.fc1\.base\.weight\)",
+        ),
+        (
+            lambda m: setattr(m.layers[1].q_proj, "base", m.layers[0].q_proj.base),
+            1.0,
+            0,
+            r"shared \(layers\.0\.q_proj\.base\.weight, layers\.1\.q_proj\.base\.weight\)",
+        ),
+        (
             lambda m: m.layers[2].fc1.base.weight.requires_grad_(True),
             1.0,
             0,
@@ -447,6 +459,26 @@ def test_merge_off_and_back(family):
     for name, back in weights(m).items():
         torch.testing.assert_close(back, w0[name], rtol=0, atol=1e-13)
     assert all(len(A) == 0 for A, _ in delta.export().values())
+
+
+def test_going_back_forgets_every_stretch():
+    """Those that have ended too: going back twice changes no bit, and W can move anew."""
+    m = problem()
+    w0, delta, optimizer = weights(m), DeltaLoRA(m, 0.8, -1), adamw(m)
+    layer = lora.adapters(m)["layers.1.fc1"]
+    for layer.enabled in (True, False, True):
+        run(m, 3, optimizer, delta)
+    delta.back_to_pretrained()
+    back = weights(m)
+    for name, w in back.items():
+        torch.testing.assert_close(w, w0[name], rtol=0, atol=1e-13)
+    delta.back_to_pretrained()
+    assert same(weights(m), back) and set(delta.weight_change().values()) == {0.0}
+    before = products(m)
+    run(m, 3, optimizer, delta)
+    for name, w in weights(m).items():
+        expected = back[name] + 0.8 * 2.5 * (products(m)[name] - before[name])
+        torch.testing.assert_close(w, expected, rtol=0, atol=1e-13)
 
 
 @pytest.fixture

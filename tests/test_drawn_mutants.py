@@ -93,6 +93,10 @@ def test_a_deleted_statement_is_shown_by_its_first_line():
         ("'%s' % a", None),
         ("f(*a, b)", None),
         ("min(a, b)", None),
+        ("x.transpose(a, b)", None),
+        ("zip(a, a, strict=True)", None),
+        ("f(strict=True)", "f(strict=False)"),
+        ("named(a, 'b', 'c')", "named('b', a, 'c')"),
         ("f(a, a)", None),
     ],
 )

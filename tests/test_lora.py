@@ -44,6 +44,15 @@ def test_delta_w_entry_by_entry():
             assert layer.delta_w()[o, i].item() == pytest.approx(entry.item(), abs=1e-14)
 
 
+def test_the_pair_is_the_change_at_scale_1_and_a_layer_says_what_it_is():
+    layer, _ = generic_layer()
+    A, B = layer.pair()
+    assert A.shape == (3, 7) and not (A.requires_grad or B.requires_grad)
+    expected = 4 / 3 * torch.einsum("ok,ki->oi", layer.lora_B, layer.lora_A).detach()
+    torch.testing.assert_close(B @ A, expected, rtol=0, atol=1e-14)
+    assert "r=3, lora_alpha=4, lora_dropout=0.0" in repr(layer)
+
+
 def test_initial_values():
     """A is uniform in ±1/sqrt(in) (fan-in, not fan-out), B is zero, the output is the base's."""
     base = nn.Linear(400, 20)
@@ -249,9 +258,10 @@ def test_a_saved_adapter_in_a_fresh_model_gives_the_same_logits(family, tmp_path
     assert torch.equal(torch.get_rng_state(), before)
     batch = tiny.batch(m.config)
     assert torch.equal(fresh(**batch).logits, m(**batch).logits)
-    assert {n: a.enabled for n, a in lora.adapters(fresh).items()} == {
-        n: a.enabled for n, a in layers.items()
-    }
+    for name, layer in lora.adapters(fresh).items():
+        known = layers[name]
+        assert layer.enabled == known.enabled and layer.r == known.r
+        assert layer.lora_alpha == pytest.approx(known.lora_alpha)
     assert not any(p.requires_grad for p in fresh.parameters())
 
 

@@ -1,5 +1,6 @@
 """model.py against dense.py (explicit matrices, one example at a time), and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -27,9 +28,12 @@ def test_logits_equal_the_dense_derivation(family, head):
         torch.testing.assert_close(ours, expected[i], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("every_token", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_last_layer_at_one_position_equals_all_positions(family):
+def test_last_layer_at_one_position_equals_all_positions(family, every_token):
+    """Where a module of it has to see every token, the one position is picked afterwards."""
     m = tiny.adapted(family, shortcuts=("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"))
+    m.layers[-1].fc1.every_token = every_token
     batch = tiny.batch(m.config)
     mask = batch["attention_mask"].bool()
     x = m.embed(batch["input_ids"], batch.get("token_type_ids"))
@@ -37,6 +41,37 @@ def test_last_layer_at_one_position_equals_all_positions(family):
     read = mask.sum(1) - 1 if m.config.causal else torch.zeros(len(mask), dtype=torch.long)
     picked = everywhere[torch.arange(len(mask)), read]
     torch.testing.assert_close(m.encode(x, mask, read)[:, 0], picked, rtol=0, atol=1e-12)
+
+
+def test_a_head_of_its_own_is_one_matrix():
+    for tied, names in ((True, set()), (False, {"lm_head.weight"})):
+        m = tiny.model("llama", head="lm", tied=tied)
+        assert {n for n, _ in m.named_parameters() if "head" in n} == names
+
+
+def test_word_embeddings_are_scaled():
+    """As Gemma does: by 1 nothing changes, by 2 or 3 all is so many times as large."""
+    ids = torch.tensor([[7, 8, 9]])
+    once = tiny.model("llama").embed(ids)
+    for factor in (2.0, 3.0):
+        assert torch.equal(tiny.model("llama", embed_scale=factor).embed(ids), factor * once)
+
+
+def test_a_block_alone():
+    """Called with what it cannot do without: all positions, no rotation, no cache."""
+    m = tiny.model("bert")
+    batch = tiny.batch(m.config, lengths=(6, 6))
+    x = m.embed(batch["input_ids"])
+    q, k, v = m.layers[0].heads(x, x)
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).div(math.sqrt(4)).softmax(-1)
+    expected = torch.einsum("bhqk,bhkd->bqhd", weights, v).reshape(2, 6, 12)
+    expected = m.layers[0].out_proj(expected)
+    got = m.layers[0].attention(x, x, None, False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    h, ffn_input = x, None
+    for block in m.layers:
+        h, ffn_input = block(h, ffn_input, None)
+    assert torch.equal(h, m.encode(x, batch["attention_mask"].bool()))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -118,6 +153,21 @@ def test_dropout_is_off_in_eval_and_random_in_train():
     assert not torch.equal(first, m(**batch).logits)
 
 
+@pytest.mark.parametrize(("family", "kept"), [("bert", 0.5), ("roberta", 0.25)])
+def test_dropout_in_the_head(family, kept):
+    """Behind the pooler, and in RoBERTa before it too; through identities all is seen."""
+    m = tiny.model(family, dropout=0.5, num_labels=12).train()
+    for linear in (m.pooler, m.classifier):
+        linear.weight.data, linear.bias.data = torch.eye(12).double(), torch.zeros(12).double()
+    torch.manual_seed(0)
+    got = m.predict(torch.full((2000, 1, 12), 0.3, dtype=torch.float64))
+    # what is kept is divided by 0.5, each time
+    expected = 2 * math.tanh(0.3 if family == "bert" else 0.6)
+    assert got.unique().tolist() == pytest.approx([0.0, expected], abs=1e-12)
+    assert (got != 0).double().mean().item() == pytest.approx(kept, abs=0.01)
+    assert torch.equal(m.eval().predict(got[:, None]), got.tanh())
+
+
 @pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]], [[0, 0, 0]]])
 def test_padding_elsewhere_than_right_is_refused(mask):
     m = tiny.model("opt")
@@ -125,11 +175,49 @@ def test_padding_elsewhere_than_right_is_refused(mask):
         m(torch.tensor([[7, 8, 9]]), torch.tensor(mask))
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_as_long_as_the_positions_last_is_allowed(family):
+    m = tiny.model(family)
+    ids = torch.full((1, m.config.max_positions), 7)
+    assert m(ids, torch.ones_like(ids)).logits.isfinite().all()
+
+
 def test_too_long_is_refused():
     m = tiny.model("bert")
     ids = torch.full((1, 41), 7)
     with pytest.raises(ValueError, match="41 tokens, the model has positions for 40"):
         m(ids, torch.ones_like(ids))
+
+
+def test_what_config_json_does_not_decide():
+    """Two classes, no dropout, no second norm unless asked for; and a Config stays as it is."""
+    c = Config.from_hf(tiny.BERT_CONFIG)
+    assert (c.num_labels, c.head, c.dropout, c.shortcut_norm) == (2, "classification", 0.0, "none")
+    assert c.eos_token_ids == ()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.dropout = 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dropout", 1, "dropout is 1, allowed: 0 <= dropout < 1"),
+        ("dropout", -0.1, "dropout is -0.1"),
+        ("head", "regression", "head is 'regression', allowed: 'classification', 'lm'"),
+        ("num_labels", 0, r"num_labels is 0, allowed: 1 \(regression\) or more"),
+        ("shortcut_norm", "twice", "shortcut_norm is 'twice', allowed: 'none', 'reuse'"),
+        ("num_kv_heads", 2, "num_heads 3 is not a multiple of num_kv_heads 2"),
+    ],
+)
+def test_fields_out_of_range(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf(tiny.BERT_CONFIG, **{field: value})
+
+
+def test_rotary_positions_need_an_even_head():
+    assert tiny.config("bert", head_dim=5).head_dim == 5  # a table of positions does not
+    with pytest.raises(ValueError, match="head_dim is 5: rotary positions need an even one"):
+        tiny.config("llama", head_dim=5)
 
 
 @pytest.mark.parametrize(

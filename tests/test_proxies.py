@@ -126,9 +126,10 @@ def test_exactly_zero_at_b_zero_and_said(family, proxy):
     m, batches = problem(family, zero_b=True)
     with pytest.warns(
         UserWarning, match=f"all {proxy} scores are zero.*choice is random.*grad_norm"
-    ):
+    ) as said:
         scores = proxies.score(proxy, m, batches)
     assert set(scores.values()) == {0.0}
+    assert said[0].filename == __file__  # the line of the caller is shown
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -302,7 +303,12 @@ def test_binary_search_finds_the_smallest_alpha():
             return 1.0 if a >= answer / 10 else 0.0
 
         assert proxies.smallest_alpha(measure, 1.0) == answer
-        assert len(tried) <= 4
+        assert len(tried) <= 4 and max(tried) < 1  # at 1 it is the model itself
+
+
+def test_as_released_the_whole_layer_is_scaled(monkeypatch):
+    monkeypatch.setattr(proxies, "alpha_test", lambda *_, whole_layer=False: whole_layer)
+    assert proxies.alpha_test_released(None, None) is True
 
 
 @pytest.mark.parametrize("whole", [False, True])

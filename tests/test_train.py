@@ -87,6 +87,24 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     }
 
 
+def test_the_seconds_of_a_run_hold_its_evaluations(flags, tmp_path, monkeypatch):
+    """By a clock that moves on by 50 s in evaluate(), once an epoch, and by 1 ms when read."""
+    now, evaluate = [0.0], train.evaluate
+
+    def slow(*args):
+        now[0] += 50
+        return evaluate(*args)
+
+    def clock():
+        now[0] += 0.001
+        return now[0]
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(train.time, "monotonic", clock)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert run_folder.read_log(tmp_path / "run")[-1]["seconds"] == pytest.approx(100, abs=1)
+
+
 def test_same_seed_same_bits_other_seed_other_bits(flags, tmp_path):
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         train.main([*flags, "--out", str(tmp_path / name), "--seed", seed])
