@@ -59,7 +59,7 @@ def test_float32_to_the_last_bit(pair, case):
     peer, ours = pair(case, dtype=torch.float32)
     batch = tiny.batch(ours.config, lengths=(60, 60))
     with torch.no_grad():
-        assert torch.equal(ours(**batch).logits, peer(**batch).logits)
+        assert torch.equal(ours.eval()(**batch).logits, peer(**batch).logits)
 
 
 def unequal(config, lengths=(9, 4, 6)):
@@ -115,7 +115,7 @@ def test_a_gguf_file_as_transformers_reads_it(tmp_path, monkeypatch, family):
     ).eval()
     batch = tiny.batch(ours.config, lengths=(30, 30))
     with torch.no_grad():
-        assert torch.equal(ours(**batch).logits, peer(**batch).logits)
+        assert torch.equal(ours.eval()(**batch).logits, peer(**batch).logits)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     text = "the that a 12"
     assert tokenizer.encode(text).ids == theirs(text)["input_ids"]
