@@ -450,7 +450,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/distributed.py", "        yield items[0], 0", "        yield items[0], 1", "what keeps step is counted", f"{LARGE}::test_every_process_takes_part_equally_often"),
     ("support/distributed.py", "(indices[:1], 0)", "(indices[:1], 1)", "an example that keeps step is counted", f"{LARGE}::test_every_process_takes_part_equally_often"),
     ("support/distributed.py", "else [*mine, items[0]]", "else mine", "a process has one prediction less to make", f"{LARGE}::test_every_process_takes_part_equally_often"),
-    ("train.py", "(once * len(indices) / total)", "(len(indices) / total)", "a batch of one is trained on twice", f"{LARGE}::test_two_processes_with_half_a_base_each_equal_one"),
+    ("train.py", "once * counted(examples) / total", "counted(examples) / total", "a batch of one is trained on twice", f"{LARGE}::test_two_processes_with_half_a_base_each_equal_one"),
     ("proxies.py", "torch.zeros_like(p, dtype=large.wide(p)[1])", "torch.zeros_like(p)", "gradients of bfloat16 weights are summed in bfloat16", f"{LARGE}::test_scores_on_a_base_in_bf16"),
     ("proxies.py", "totals[j] += once * ", "totals[j] += ", "fisher: an example that keeps step counts", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
     ("proxies.py", "(once * loss_terms(model, batch) / total)\n        gradients", "(loss_terms(model, batch) / total)\n        gradients", "a batch that keeps step is scored twice", f"{LARGE}::test_a_sharded_language_model_is_the_whole_one"),
