@@ -21,7 +21,7 @@ import torch
 from support import distributed, glue, large, terminal
 from support.errors import one_line
 
-BATCH = 32  # prompts that are answered side by side
+BATCH = 48  # prompts that are answered side by side
 EXAMPLES = 3  # that are printed
 
 
