@@ -40,29 +40,25 @@ def table(
         baselines: dict name -> accuracy on the same data; may be empty.
         untouched: metrics of the model before the first step, or None.
     """
-    rows = {
+    words = f"{seconds:.1f}"
+    if decisions:
+        share = score_seconds / max(seconds, 1e-9)
+        words += f", {score_seconds:.1f} of them ({share:.0%}) for decisions"
+    kept = f"{stored:,} in adapters: what is on, and what has learned and is off"
+    rows = {  # a row without a value is left out
         "method": method,
         "trainable": f"{adapters:,} in adapters + {head:,} in the head",
-        "stored": f"{stored:,} in adapters: what is on, and what has learned and is off",
+        "stored": kept if stored != adapters else "",
         "untouched": show(untouched or {}),
         "final": show(last),
         "best": f"{show(best)} (epoch {best['epoch']})",
+        "beside it": ", ".join(f"{name} {value:.3f}" for name, value in baselines.items()),
+        "test": show(test or {}),
+        "seconds": words,
+        "decisions": f"{decisions}; python tools/plot.py {folder}" if decisions else "",
+        "run folder": str(folder),
     }
-    if stored == adapters:
-        del rows["stored"]
-    if not untouched:
-        del rows["untouched"]
-    if baselines:
-        rows["beside it"] = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
-    if test:
-        rows["test"] = show(test)
-    rows["seconds"] = f"{seconds:.1f}"
-    if decisions:
-        share = score_seconds / max(seconds, 1e-9)
-        rows["seconds"] += f", {score_seconds:.1f} of them ({share:.0%}) for decisions"
-        rows["decisions"] = f"{decisions}; python tools/plot.py {folder}"
-    rows["run folder"] = str(folder)
-    lines = [f"{name:<12}{value}" for name, value in rows.items()]
+    lines = [f"{name:<12}{value}" for name, value in rows.items() if value]
     if control:
         command, parameters = control
         lines += [f"the same budget, spread evenly ({parameters:,} parameters):", f"  {command}"]
