@@ -242,11 +242,15 @@ def test_delta_lora_on_bf16_is_lazy_and_exports_what_it_computes():
     assert far([plain(**batch).logits.detach()], [logits]) < TOLERANCE
 
 
-def test_a_small_change_survives_the_lazy_form():
-    """B'A' - BA is 1e-3 of BA, less than a bit of bfloat16: exact to float32 beside the base."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_change_survives_the_lazy_form(dtype):
+    """B'A' - BA is 1e-3 of BA, less than a bit of bfloat16: exact to float32 beside the base.
+
+    Also of an input in bfloat16, as out_proj and fc2 get it from the product before them.
+    """
     model = adapted("bert")
     layer = model.layers[0].fc1
-    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def changed():
         with torch.autocast("cpu", torch.bfloat16):
