@@ -106,11 +106,7 @@ def train(rounds, picture):
     seconds = timing.interleaved(arms, rounds)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in grouped)
     predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in grouped)
-    ratios = {name: timing.ratio(seconds[default], seconds[name]) for name in arms}
-    lines = ["| arm | tokens/s | against PEFT's default loop |", "|---|---|---|"]
-    for name in arms:
-        rate = tokens / statistics.median(seconds[name])
-        lines.append(f"| {name} | {rate:.0f} | {timing.show(ratios[name])} |")
+    lines, ratios = timing.rates(seconds, default, tokens, "tokens")
     worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     lines += [
         "",

@@ -59,6 +59,24 @@ def show(three, digits=2):
     return f"{middle} ({low} … {high})"
 
 
+def rates(seconds, default, amount, unit):
+    """How fast every arm is, and how it compares.
+
+    Args:
+        seconds: as interleaved gives them. default: the arm that the others are compared with.
+        amount: how many of `unit` a round handles.
+
+    Returns:
+        (lines of a table, {arm: its speed beside the default's, as ratio gives it}).
+    """
+    ratios = {name: ratio(seconds[default], spent) for name, spent in seconds.items()}
+    lines = [f"| arm | {unit}/s | against {default} |", "|---|---|---|"]
+    for name, spent in seconds.items():
+        rate = amount / statistics.median(spent)
+        lines.append(f"| {name} | {rate:.{0 if rate > 100 else 1}f} | {show(ratios[name])} |")
+    return lines, ratios
+
+
 def conditions(rounds, *modules):
     """The line under every table: rounds, versions, threads."""
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, *modules))

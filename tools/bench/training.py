@@ -147,11 +147,7 @@ def train(rounds, task, data_dir, picture):
     default, _, equal, _, best, least = arms
     seconds = timing.interleaved(arms, rounds)
     pairs = BATCH * STEPS
-    lines = ["| arm | pairs/s | against PEFT's default loop |", "|---|---|---|"]
-    ratios = {name: timing.ratio(seconds[default], seconds[name]) for name in arms}
-    for name in arms:
-        rate = pairs / statistics.median(seconds[name])
-        lines.append(f"| {name} | {rate:.1f} | {timing.show(ratios[name])} |")
+    lines, ratios = timing.rates(seconds, default, pairs, "pairs")
     worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     lines += [
         "",

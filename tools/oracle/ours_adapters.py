@@ -9,6 +9,8 @@ It is a part of ours.py, whose introduction holds for it.
 What this file does not do: start a method (each gets what it has at some point of its training).
 """
 
+import functools
+
 from torch import nn
 
 from relatives import METHODS
@@ -132,8 +134,8 @@ def prolora(
     return answer(prolora_layer(weight, bias, lora_alpha, x_A, x_B, **chunks, **own), x, grad)
 
 
-def sbora_fa_layer(weight, bias, lora_alpha, index, **given):
-    layer = made("sbora_fa", weight, bias, len(index), lora_alpha, given)
+def sbora_layer(kind, weight, bias, lora_alpha, index, **given):
+    layer = made(kind, weight, bias, len(index), lora_alpha, given)
     layer.lora_index = index
     return layer
 
@@ -147,13 +149,7 @@ def sbora_fa(x, weight, bias, index, lora_B, lora_alpha, grad):
     Returns:
         {"y", and dL/d of "x", "lora_B"}.
     """
-    return answer(sbora_fa_layer(weight, bias, lora_alpha, index, lora_B=lora_B), x, grad)
-
-
-def sbora_fb_layer(weight, bias, lora_alpha, index, **given):
-    layer = made("sbora_fb", weight, bias, len(index), lora_alpha, given)
-    layer.lora_index = index
-    return layer
+    return answer(sbora_layer("sbora_fa", weight, bias, lora_alpha, index, lora_B=lora_B), x, grad)
 
 
 def sbora_fb(x, weight, bias, index, lora_A, lora_alpha, grad):
@@ -165,7 +161,7 @@ def sbora_fb(x, weight, bias, index, lora_A, lora_alpha, grad):
     Returns:
         {"y", and dL/d of "x", "lora_A"}.
     """
-    return answer(sbora_fb_layer(weight, bias, lora_alpha, index, lora_A=lora_A), x, grad)
+    return answer(sbora_layer("sbora_fb", weight, bias, lora_alpha, index, lora_A=lora_A), x, grad)
 
 
 def adalora_layer(weight, bias, lora_alpha, **given):
@@ -328,8 +324,8 @@ LAYERS = {  # the arguments of weight_change -> a layer, or a list of layers
     "asymmetry": asymmetry_layer,
     "lora_xs": lora_xs_layer,
     "prolora": prolora_layer,
-    "sbora_fa": sbora_fa_layer,
-    "sbora_fb": sbora_fb_layer,
+    "sbora_fa": functools.partial(sbora_layer, "sbora_fa"),
+    "sbora_fb": functools.partial(sbora_layer, "sbora_fb"),
     "adalora": adalora_layer,
     "tied": tied_layers,
     "condlora": condlora_layers,
