@@ -79,7 +79,6 @@ SKIPPED = (
     "test_docs.py",
     "test_exercises.py",
     "test_torchrun.py",
-    "test_faults.py",
     "test_drawn_mutants.py",
 )
 

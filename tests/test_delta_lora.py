@@ -538,8 +538,10 @@ def test_preset_and_conflicts(flags, tmp_path, capsys):
     )
     released = parse_flags(["--preset", "delta-lora-released"])
     assert (released.delta_ratio, released.delta_start, released.r) == (2.0, 500, 8)
-    run = train.set_up(parse_flags([f for f in flags if f not in ("--delta-start", "1")]))
-    assert run.delta.start == len(train.epoch_steps(run, 0)) // 3 == run.args.delta_start > 0
+    own_start = [f for f in flags if f not in ("--delta-start", "1")]
+    run = train.set_up(parse_flags([*own_start, "--batch-size", "4"]))
+    assert len(train.epoch_steps(run, 0)) == 6
+    assert run.delta.start == run.args.delta_start == 2  # a third
     for extra, message in (
         ("--lora-dropout 0.1", "--delta-ratio needs --lora-dropout 0"),
         ("--delta-ratio 0", "needs --delta-ratio other than 0"),

@@ -5,6 +5,7 @@ test_torchrun.py.
 """
 
 import os
+import signal
 import socket
 
 import pytest
@@ -58,17 +59,28 @@ def two_epochs(argv):
     }
 
 
+def free_port():
+    """Below those that the system hands out, and looked for where no other test process looks."""
+    for port in range(20_000 + os.getpid() % 1000 * 10, 32_000):
+        with socket.socket() as free:
+            try:
+                free.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port from 20,000 to 32,000")
+
+
 def in_processes(function, count, folder):
     """[function() in process 0, 1, …], forked, joined as torchrun would join them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(count):  # what they print is no part of the result
         children.append(os.fork())
         if children[-1] == 0:
             code = 70
             try:
+                signal.alarm(300)  # rather an error than an endless wait for the other
                 where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
                 where |= {"RANK": rank, "WORLD_SIZE": count}
                 os.environ.update({k: str(v) for k, v in where.items()})

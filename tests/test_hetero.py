@@ -54,8 +54,11 @@ def test_dynamic_run_decides_on_schedule_and_within_budget(flags, tmp_path, caps
     assert "q_proj" in printed and "█" in printed and "·" in printed
     # rank 1 on all 11 modules is 264 parameters: nothing that is spread evenly costs 144
     assert "for decisions" in printed and "spread evenly" not in printed
-    done = run_folder.read_log(out)[-1]
-    assert done["trainable"]["adapters"] == 144 and done["score_seconds"] > 0
+    *log, done = run_folder.read_log(out)
+    assert done["trainable"]["adapters"] == 144
+    each = [event["seconds"] for event in log if event["event"] == "score"]
+    assert min(each) > 0 and done["score_seconds"] == pytest.approx(sum(each), abs=0.01)
+    assert done["score_seconds"] < done["seconds"]
     for h in history(out):
         assert set(h["scores"]) == set(h["on"]) and all(v > 0 for v in h["scores"].values())
 

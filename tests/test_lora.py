@@ -261,6 +261,7 @@ def test_a_saved_adapter_in_a_fresh_model_gives_the_same_logits(family, tmp_path
     for name, layer in lora.adapters(fresh).items():
         known = layers[name]
         assert layer.enabled == known.enabled and layer.r == known.r
+        assert (layer.in_features, layer.out_features) == (known.in_features, known.out_features)
         assert layer.lora_alpha == pytest.approx(known.lora_alpha)
     assert not any(p.requires_grad for p in fresh.parameters())
 
@@ -269,6 +270,8 @@ def test_delta_loras_pairs_come_back_at_rank_2r(tmp_path):
     from delta_lora import DeltaLoRA
 
     m = tiny.adapted("bert", r=8)
+    never_on = "layers.1.v_proj"
+    lora.adapters(m)[never_on].enabled = False
     delta = DeltaLoRA(m, 1.5, start=0)
     for i in range(4):
         delta.before_step()
@@ -277,7 +280,31 @@ def test_delta_loras_pairs_come_back_at_rank_2r(tmp_path):
     lora.save_adapter(m, tmp_path / "a.safetensors", delta.export())
     fresh = tiny.model("bert")
     layers = lora.load_adapter(fresh, tmp_path / "a.safetensors")
+    assert list(layers) == [name for name in lora.adapters(m) if name != never_on]
     assert {layer.r for layer in layers.values()} == {16}  # more than the 12 features
+    batch = tiny.batch(m.config)
+    torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_has_moved_stays_in_the_file_though_it_is_off_at_the_end(lazy, tmp_path):
+    """Three modules at r 1: on to the end and moved, moved and then off, not on yet."""
+    from delta_lora import DeltaLoRA
+
+    m = tiny.adapted("bert", r=1)
+    names = list(lora.adapters(m))
+    lora.switch(m, names[:2])
+    delta = DeltaLoRA(m, 1.5, start=0, lazy=lazy)
+    for i in range(4):
+        delta.before_step()
+        tiny.randomise([p for n, p in lora.trainable(m).items() if "lora_" in n], seed=20 + i)
+        delta.after_step()
+    lora.switch(m, [names[0], names[2]])
+    lora.save_adapter(m, tmp_path, delta.export())
+    fresh = tiny.model("bert")
+    loaded = lora.load_adapter(fresh, tmp_path)
+    assert [(n, a.enabled) for n, a in loaded.items()] == [(n, True) for n in names[:3]]
+    assert loaded[names[2]].r == 1
     batch = tiny.batch(m.config)
     torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-10)
 

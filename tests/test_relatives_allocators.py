@@ -381,6 +381,28 @@ def test_a_run_of_alora(flags, tmp_path):
     )
 
 
+def test_what_a_run_gives_to_an_allocator(flags):
+    """Schedule and interval in steps; moments that are gone once they are forgotten."""
+    words = [*flags, "--allocate", "alora", "--every", "0.4"]
+    run = train.set_up(parse_flags(words))
+    train.train_step(run, train.epoch_steps(run, 0)[0], 0.03)
+    given = train.around_steps(run)
+    assert [given[key] for key in ("steps", "per_epoch", "interval")] == [10, 5, 2]
+    first, second, *_ = run.optimizer.state
+    given["forget"](first)
+    given["forget"](first)  # what has none
+    assert first not in run.optimizer.state and second in run.optimizer.state
+
+
+@pytest.mark.parametrize(
+    "words", ["--allocate alora", "--allocate dynamic --per-rank yes --budget-params 192"]
+)
+def test_single_ranks_have_the_rate_and_the_decay_of_the_flags(flags, words):
+    run = train.set_up(parse_flags([*flags, "--shortcuts", "none", *words.split()]))
+    groups = run.optimizer.param_groups
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(0.03, 0.3)}
+
+
 # ------------------------------------------------------------------------------------- whole runs
 
 

@@ -87,22 +87,37 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     }
 
 
-def test_the_seconds_of_a_run_hold_its_evaluations(flags, tmp_path, monkeypatch):
-    """By a clock that moves on by 50 s in evaluate(), once an epoch, and by 1 ms when read."""
-    now, evaluate = [0.0], train.evaluate
+def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
+    flags, tmp_path, monkeypatch
+):
+    """By a clock that moves on by 50 s in evaluate(), once an epoch, and by 2 s in a step."""
+    now, evaluate, step, said = [1000.0], train.evaluate, train.train_step, []
 
     def slow(*args):
         now[0] += 50
         return evaluate(*args)
 
-    def clock():
-        now[0] += 0.001
-        return now[0]
+    def slow_step(*args):
+        now[0] += 2
+        return step(*args)
+
+    class Bar(train.tqdm):
+        def __init__(self, **how):
+            said.append(f"{how['initial']} of {how['total']} {how['unit']}s, {how['disable']}")
+            super().__init__(**how)
+
+        def set_postfix_str(self, text, refresh):
+            said.append(text.split(", ")[1])
 
     monkeypatch.setattr(train, "evaluate", slow)
-    monkeypatch.setattr(train.time, "monotonic", clock)
+    monkeypatch.setattr(train, "train_step", slow_step)
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    assert run_folder.read_log(tmp_path / "run")[-1]["seconds"] == pytest.approx(100, abs=1)
+    assert run_folder.read_log(tmp_path / "run")[-1]["seconds"] == pytest.approx(120, abs=1)
+    # batches of 5, and the last one of an epoch of 4: 24 examples in 10 s
+    assert said[0] == "0 of 10 steps, False" and {*said[1:5], *said[6:10]} == {"2.5 examples/s"}
+    assert said[5] == said[10] == "2.4 examples/s"
 
 
 def test_same_seed_same_bits_other_seed_other_bits(flags, tmp_path):
@@ -172,6 +187,19 @@ def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):
     assert train.main([*flags, "--dry-run"]) == 0
     assert "dry run: loss" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+    assert train.main([*flags, "--preset", "heterolora", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 0: grad_norm chose" in printed and "modules on" in printed
+    assert train.main([*flags, "--batch-size", "24", "--dry-run"]) == 0  # an epoch of one step
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_ends_with_the_exit_code_of_main():
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, train.__file__, "--r", "0"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
 
 
 def test_head_alone(flags, tmp_path, capsys):
@@ -217,6 +245,7 @@ def test_learning_rates():
     assert rates == [0, 0.5, 1.0, 1.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0]
     constant = [train.learning_rate(s, 12, 2.0, "constant", 4) for s in (0, 3, 4, 11)]
     assert constant == [0, 1.5, 2.0, 2.0]
+    assert train.learning_rate(4, 5, 2.0, "linear", 4) == 2.0  # one step after the warm-up
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
