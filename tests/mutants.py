@@ -510,6 +510,8 @@ def verdict(status, report):
         return f"killed by {by[1]}"
     if by := re.search(r"^ERROR \S*?(test_\w+\.py)", text, re.M):
         return f"broken: {by[1]} cannot be imported"
+    if re.search(r"^INTERNALERROR> SystemExit", text, re.M):
+        return "broken: it ends when it is imported"
     return f"NOT TESTED: pytest ended with {code}"
 
 

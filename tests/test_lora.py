@@ -8,7 +8,7 @@ import dense
 import lora
 import tiny
 from relatives.single_ranks import keep_ranks
-from support import seeds
+from support import adapter_file, seeds
 
 
 def generic_layer(dropout=0.0):
@@ -281,6 +281,8 @@ def test_delta_loras_pairs_come_back_at_rank_2r(tmp_path):
     fresh = tiny.model("bert")
     layers = lora.load_adapter(fresh, tmp_path / "a.safetensors")
     assert list(layers) == [name for name in lora.adapters(m) if name != never_on]
+    _, about = adapter_file.read(tmp_path / "a.safetensors", "none")
+    assert [name for name, said in about.items() if not said["enabled"]] == [never_on]
     assert {layer.r for layer in layers.values()} == {16}  # more than the 12 features
     batch = tiny.batch(m.config)
     torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-10)
