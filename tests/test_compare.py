@@ -269,6 +269,12 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "verdict" not in text and "decided" not in text
     tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
     assert tables == [8] * 4 + [6] * 3  # a heading, a rule and the rows are of one width
+    on_dev = [x | {"dev": [x["test"]]} if x["phase"] == "final" else x for x in unjudged]
+    text = "\n".join(compare_report.report(on_dev))
+    assert "| a | 18,432 | – | 0.001 | 2 | 68.8 ± 8.8 |\n" in text
+    assert "| difference in dev accuracy, points |" in text and "test" not in text
+    tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
+    assert tables == [7] * 4 + [6] * 3
 
 
 # --------------------------------------------------------------------------------- studies for real

@@ -91,7 +91,7 @@ def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
     flags, tmp_path, monkeypatch
 ):
     """By a clock that moves on by 50 s in evaluate(), once an epoch, and by 2 s in a step."""
-    now, evaluate, step, said = [1000.0], train.evaluate, train.train_step, []
+    now, evaluate, step, said, bars = [1000.0], train.evaluate, train.train_step, [], []
 
     def slow(*args):
         now[0] += 50
@@ -105,6 +105,7 @@ def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
         def __init__(self, **how):
             said.append(f"{how['initial']} of {how['total']} {how['unit']}s, {how['disable']}")
             super().__init__(**how)
+            bars.append(self)
 
         def set_postfix_str(self, text, refresh):
             said.append(text.split(", ")[1])
@@ -115,9 +116,58 @@ def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     assert run_folder.read_log(tmp_path / "run")[-1]["seconds"] == pytest.approx(120, abs=1)
+    assert [bar.n for bar in bars] == [10]
     # batches of 5, and the last one of an epoch of 4: 24 examples in 10 s
     assert said[0] == "0 of 10 steps, False" and {*said[1:5], *said[6:10]} == {"2.5 examples/s"}
     assert said[5] == said[10] == "2.4 examples/s"
+
+
+def test_the_seconds_of_a_run_that_is_stopped_in_an_epoch(flags, tmp_path, monkeypatch):
+    """By a clock that a step moves on by 2 s: stopped after three steps, gone on after a day."""
+    now, step = [1000.0], train.train_step
+
+    def slow_step(run, group, lr):
+        now[0] += 2
+        if run.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(run, group, lr)
+
+    monkeypatch.setattr(train, "train_step", slow_step)
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    out = tmp_path / "run"
+    assert train.main([*flags, "--out", str(out)]) == 130
+    assert weights(out)["metrics"]["seconds"] == 6
+    now[0] += 86_400
+    assert train.main(["--resume", str(out)]) == 0
+    assert run_folder.read_log(out)[-1]["seconds"] == 20
+
+
+def test_every_step_is_in_train_mode_and_the_result_stands_beside_the_baselines(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """Also of a model that comes in eval mode; by baselines that are made up."""
+    set_up, step, modes, asked = train.set_up, train.train_step, [], []
+
+    def evaluated(args):
+        run = set_up(args)
+        run.model.eval()
+        return run
+
+    def seen(run, group, lr):
+        modes.append(run.model.training)
+        return step(run, group, lr)
+
+    def made_up(*names):
+        asked.append(names)
+        return {"by lot": 0.5}
+
+    monkeypatch.setattr(train, "set_up", evaluated)
+    monkeypatch.setattr(train, "train_step", seen)
+    monkeypatch.setattr(train.glue, "baselines", made_up)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert modes == [True] * 10
+    assert asked == [("mrpc", flags[flags.index("--data-dir") + 1])]
+    assert "by lot 0.500" in capsys.readouterr().out
 
 
 def test_same_seed_same_bits_other_seed_other_bits(flags, tmp_path):

@@ -169,23 +169,33 @@ def compared(arm, control, labels):
     return len(seeds), float(per_seed.mean()), over_seeds(per_seed), both
 
 
+def reported(arms):
+    """What the final runs are reported on: "test"; or "dev", where the two are the same set."""
+    runs = [line for found in arms.values() for line in found.values()]
+    same = all(line["test"]["accuracy"] == line["dev"][-1]["accuracy"] for line in runs)
+    return "dev" if same else "test"
+
+
 def report(lines):
     """The report as lines of Markdown: one table of arms, one of differences, for each space."""
     arms = finals(lines)
+    on = reported(arms)
     labels = next((line["labels"] for line in lines if line["phase"] == "labels"), "")
     labels = np.frombuffer(labels.encode(), np.uint8)
     result = []
     for space in dict.fromkeys(first(found)["space"] for found in arms.values()):
         here = {name: found for name, found in arms.items() if first(found)["space"] == space}
         result += [f"### {space}", ""]
-        result += ["| arm | trainable at once | stored | lr | seeds | dev | test |"]
-        result += ["|---|---|---|---|---|---|---|"]
+        apart = on == "test"
+        result += ["| arm | trainable at once | stored | lr | seeds | dev |" + " test |" * apart]
+        result += ["|---|---|---|---|---|---|" + "---|" * apart]
         for name, found in here.items():
             dev = spread([line["dev"][-1]["accuracy"] for line in found.values()])
             test = spread([line["test"]["accuracy"] for line in found.values()])
             count, lr = first(found)["trainable"]["adapters"], first(found)["lr"]
             kept = stored(found)
-            result += [f"| {name} | {count:,} | {kept} | {lr:g} | {len(found)} | {dev} | {test} |"]
+            row = f"| {name} | {count:,} | {kept} | {lr:g} | {len(found)} | {dev} |"
+            result += [row + f" {test} |" * apart]
         rows, judged = [], first(first(here)).get("verdicts", True)
         for name, found in here.items():
             for control in first(found)["controls"]:
@@ -199,7 +209,7 @@ def report(lines):
         if rows:
             result += [
                 "",
-                "| difference in test accuracy, points | seeds | mean | 95 % over seeds "
+                f"| difference in {on} accuracy, points | seeds | mean | 95 % over seeds "
                 "| 95 % over seeds and examples |" + " verdict |" * judged,
                 "|---|---|---|---|---|" + "---|" * judged,
             ]
@@ -218,7 +228,7 @@ def first(found):
 
 
 def draw(lines, path):
-    """Every final run a dot at its test accuracy, one row an arm, its mean a bar."""
+    """Every final run a dot at its accuracy, one row an arm, its mean a bar."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -237,7 +247,7 @@ def draw(lines, path):
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", color="lightgrey")
-    axes.set_xlabel("test accuracy after the last epoch, %: a dot a run, a bar the mean")
+    axes.set_xlabel(f"{reported(arms)} accuracy after the last epoch, %: a dot a run, a bar the mean")
     for i, space in enumerate(spaces):
         axes.plot([], [], "o", color=f"C{i}", label=space)
     if spaces:
