@@ -74,11 +74,10 @@ CONCERNED = {  # root file -> tests of what is drawn from it, the likeliest to n
     "delta_lora.py": [DELTA, WHEN_OFF, RANKS],
     "train.py": [TRAIN, HETERO, DOORS, ALLOCATORS, DELTA, RANKS, SETTINGS, DISTRIBUTED],
 }
-# Not of the code's behaviour, or minutes long in processes of their own.
+# Not of what the code does.
 SKIPPED = (
     "test_docs.py",
     "test_exercises.py",
-    "test_torchrun.py",
     "test_drawn_mutants.py",
 )
 
