@@ -212,8 +212,7 @@ def train(run):
     args = run.args
     per_epoch = len(epoch_steps(run, 0))
     total = per_epoch * args.epochs
-    quiet = distributed.rank() > 0
-    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True, disable=quiet)
+    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True)
     started, seconds_before = time.monotonic(), run.seconds
     with bar:
         while run.epoch < args.epochs:

@@ -224,12 +224,13 @@ def test_bad_input_is_said_once_by_the_first_process(argv, tmp_path, capfd):
 
     def codes():
         filled = train.main([*argv, "--out", str(tmp_path / "filled")])
+        left = dist.is_initialized()  # main leaves the group that it joined
         distributed.start()
         wrong = train.main([*argv, "--no-such-flag"])
         distributed.start()
-        return filled, wrong
+        return filled, wrong, left
 
-    assert in_processes(codes, 2, tmp_path) == [(2, 2), (0, 0)]
+    assert in_processes(codes, 2, tmp_path) == [(2, 2, False), (0, 0, False)]
     out, err = capfd.readouterr()
     # torch may warn, with its own stack, that the process which held the store has ended
     lines = [line for line in err.splitlines() if line.startswith("train.py: ")]

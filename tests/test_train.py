@@ -67,6 +67,7 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     assert train.main([*flags, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "final       accuracy" in printed and str(out) in printed
+    assert "fresh head, not in the checkpoint: classifier\n" in printed
     # 2 layers x q, v x r 2 x (12 + 12); the head 12 x 2 + 2
     assert "192 in adapters + 26 in the head" in printed
     log = run_folder.read_log(out)
@@ -103,7 +104,7 @@ def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
 
     class Bar(train.tqdm):
         def __init__(self, **how):
-            said.append(f"{how['initial']} of {how['total']} {how['unit']}s, {how['disable']}")
+            said.append(f"{how['initial']} of {how['total']} {how['unit']}s")
             super().__init__(**how)
             bars.append(self)
 
@@ -118,7 +119,7 @@ def test_the_seconds_of_a_run_hold_its_evaluations_and_the_bar_its_steps(
     assert run_folder.read_log(tmp_path / "run")[-1]["seconds"] == pytest.approx(120, abs=1)
     assert [bar.n for bar in bars] == [10]
     # batches of 5, and the last one of an epoch of 4: 24 examples in 10 s
-    assert said[0] == "0 of 10 steps, False" and {*said[1:5], *said[6:10]} == {"2.5 examples/s"}
+    assert said[0] == "0 of 10 steps" and {*said[1:5], *said[6:10]} == {"2.5 examples/s"}
     assert said[5] == said[10] == "2.4 examples/s"
 
 
