@@ -22,6 +22,15 @@ def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
         assert not torch.equal(layer.lora_A, another[name].lora_A)
 
 
+def test_a_shortcut_has_by_default_scale_one_half_and_a_layer_alone_rank_8_at_scale_2():
+    for layer in lora.inject(tiny.model("bert"), (), shortcuts=lora.SHORTCUTS["all"]).values():
+        assert (layer.r, layer.scaling) == (8, 0.5)
+    layer = lora.LoRALayer(torch.nn.Linear(12, 20), 12, 20)
+    assert (layer.r, layer.scaling, layer.lora_dropout) == (8, 2.0, 0.0)
+    again = lora.LoRALayer(torch.nn.Linear(12, 20), 12, 20)
+    assert not torch.equal(layer.lora_A, again.lora_A)  # drawn from torch's own generator
+
+
 def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):
     folder = str(tiny.bert_folder(tmp_path / "model"))
     default, same, other = (
