@@ -11,6 +11,7 @@ import lora
 import tiny
 import train
 from support import checkpoint, report, run_folder
+from support.flags import describe
 from support.flags import parse_flags as flags_of
 from tools.faults import same
 
@@ -68,6 +69,8 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "final       accuracy" in printed and str(out) in printed
     assert "fresh head, not in the checkpoint: classifier\n" in printed
+    said_first, _, _ = printed.partition("epoch 1")
+    assert describe(flags_of(flags)) in said_first
     # 2 layers x q, v x r 2 x (12 + 12); the head 12 x 2 + 2
     assert "192 in adapters + 26 in the head" in printed
     log = run_folder.read_log(out)

@@ -247,7 +247,9 @@ def draw(lines, path):
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", color="lightgrey")
-    axes.set_xlabel(f"{reported(arms)} accuracy after the last epoch, %: a dot a run, a bar the mean")
+    axes.set_xlabel(
+        f"{reported(arms)} accuracy after the last epoch, %: a dot a run, a bar the mean"
+    )
     for i, space in enumerate(spaces):
         axes.plot([], [], "o", color=f"C{i}", label=space)
     if spaces:
