@@ -160,6 +160,24 @@ def by_hand(past, layers):
     }
 
 
+def test_masks_are_due_at_the_interval_and_the_last_one_stands():
+    """t_i 4, t_f 12, every 3rd step: 18 ranks, 11 = int(7 + 11 (6/8)^3) at 6, 7 at 9, 7 from 12."""
+    m = with_e()
+    layers = lora.adapters(m).values()
+    masks, kept = masks_of(m, steps=24, interval=3, keep=0.4), []
+    for t in range(24):
+        for values in (masks.sensitivity, masks.uncertainty):
+            tiny.randomise(values.values(), seed=t)  # at every step others would be the best
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_E.fill_(1.0)
+        masks.after_step()
+        kept.append(torch.cat([layer.lora_E.detach().flatten() for layer in layers]))
+    expected = [18] * 5 + [11, 18, 18, 7, 18, 18] + [7] * 13
+    assert [int(e.sum()) for e in kept] == expected
+    assert all(torch.equal(e, kept[11]) for e in kept[11:])
+
+
 def test_what_is_masked_can_return():
     """Its E is 0, its A and B learn: with other scores it is chosen, and E moves from 0."""
     m = with_e()
