@@ -2,12 +2,14 @@
 
 import hashlib
 
+import pytest
 import torch
 
 import lora
 import tiny
 from delta_lora import DeltaLoRA
 from model import load_pretrained
+from relatives import METHODS
 
 
 def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
@@ -29,6 +31,12 @@ def test_a_shortcut_has_by_default_scale_one_half_and_a_layer_alone_rank_8_at_sc
     assert (layer.r, layer.scaling, layer.lora_dropout) == (8, 2.0, 0.0)
     again = lora.LoRALayer(torch.nn.Linear(12, 20), 12, 20)
     assert not torch.equal(layer.lora_A, again.lora_A)  # drawn from torch's own generator
+
+
+@pytest.mark.parametrize("name", METHODS["adapter"])
+def test_a_relative_alone_has_by_default_rank_8_at_scale_2(name):
+    layer = METHODS["adapter"][name](torch.nn.Linear(12, 12), 12, 12)
+    assert (layer.r, layer.lora_alpha, layer.scaling, layer.lora_dropout) == (8, 16, 2.0, 0.0)
 
 
 def test_a_head_is_by_default_of_two_classes_and_drawn_with_seed_0(tmp_path):

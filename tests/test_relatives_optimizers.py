@@ -89,6 +89,8 @@ def test_riemannian_solves_its_two_systems():
     new_A, new_B = riemannian.precondition(A, B, gA, gB, s, delta=0.3)
     torch.testing.assert_close(B.T @ (B @ new_A) + 0.3 * new_A, gA, rtol=0, atol=1e-12)
     torch.testing.assert_close(new_B @ A @ A.T + 0.3 * new_B, gB, rtol=0, atol=1e-12)
+    by_default, _ = riemannian.precondition(A, 0 * B, gA, gB, s)
+    torch.testing.assert_close(by_default, 100 * gA)  # delta is 0.01
     new_A, _ = riemannian.precondition(A, 0 * B, gA, gB, s, delta=0.3)
     torch.testing.assert_close(new_A, gA / 0.3, rtol=0, atol=1e-12)
 
