@@ -37,7 +37,6 @@ that is switched off after training is missed by the others, which were trained 
 import contextlib
 import fcntl
 import json
-import math
 import os
 import random
 import sys
@@ -56,6 +55,7 @@ import lora
 import proxies
 import train
 from support import flags, glue, run_folder
+from tools import compare_report
 
 SPACES = {"A": "none", "B": "all"}  # --shortcuts of train.py
 MOMENTS = ("start", "third", "end")
@@ -397,34 +397,10 @@ def agreement(scores, importance):
     return spearman(scores, importance), overlap(scores, importance, count)
 
 
-def t_quantile(p, dof):
-    """The value that Student's t with dof degrees of freedom is below with probability p >= 1/2.
-
-    P(0 <= T <= sqrt(dof) tan a) = Gamma((dof + 1) / 2) / (sqrt(pi) Gamma(dof / 2))
-                                   * integral of cos(u)^(dof - 1) du from 0 to a
-    The integral by Simpson's rule, a by bisection.
-    """
-    factor = math.gamma((dof + 1) / 2) / (math.sqrt(math.pi) * math.gamma(dof / 2))
-    simpson = np.array([1, *[4, 2] * 499, 4, 1]) / 3  # (1001,)
-
-    def probability(a):
-        u = np.linspace(0, a, 1001)
-        return 0.5 + factor * float(simpson @ np.cos(u) ** (dof - 1)) * a / 1000
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < p else (low, middle)
-    return math.sqrt(dof) * math.tan(low)
-
-
 def interval(values):
     """(mean, half the width of its 95 % t-interval; 0 for one value)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, 0.0
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, t_quantile(0.975, n - 1) * sd / math.sqrt(n)
+    mean = sum(values) / len(values)
+    return mean, compare_report.over_seeds(values)[1] - mean if len(values) > 1 else 0.0
 
 
 def pairs_of(records, space, column):
