@@ -95,13 +95,11 @@ def over_seeds_and_examples(differences, draws=DRAWS, seed=0):
     """
     n, m = differences.shape
     rng = np.random.default_rng(seed)
+    # Examples on which the seeds differ alike are one cell: (n, c) patterns, (c,) how many of each.
+    patterns, counts = np.unique(differences, axis=1, return_counts=True)
     rows = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n  # (draws, n)
-    means = np.empty(draws)
-    for i in range(0, draws, 500):  # 500 draws at a time: (500, m) counts are enough memory
-        columns = rng.multinomial(m, np.full(m, 1 / m), size=len(rows[i : i + 500])) / m
-        means[i : i + 500] = np.einsum(
-            "ds,sm,dm->d", rows[i : i + 500], differences, columns, optimize=True
-        )
+    columns = rng.multinomial(m, counts / m, size=draws) / m  # (draws, c)
+    means = ((rows @ patterns) * columns).sum(1)  # (draws,)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
