@@ -100,6 +100,12 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
     lines[0]["flags"] = "--epochs 1 --r 3"
     with pytest.raises(ValueError, match="'--epochs 1 --r 3', the study says '--epochs 1 --r 2'"):
         compare.check_lines(study, lines, tmp_path)
+    del lines[0]
+    compare.check_lines(study, lines, tmp_path)
+    for field, value in ("controls", ["c"]), ("space", "t"), ("split_seed", 2), ("tune_pairs", 3):
+        other = [*lines, {**line("tune", "a", 1e-2, 100, 0.5), field: value}]
+        with pytest.raises(ValueError, match=rf"was run with {field} .*, the study says"):
+            compare.check_lines(study, other, tmp_path)
 
 
 def test_without_widening_the_rates_that_are_listed_are_all_there_are(study):
@@ -261,7 +267,7 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| a | 18,432 | – | 0.001 | 2 | 71.5 ± 0.7 | 68.8 ± 8.8 |" in done.stdout
     assert "| b | 18,432 | 18,432 … 61,440 | 0.001 | 3 | " in done.stdout
     assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
-    assert "not decided |" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
+    assert " | at 10 seeds |\n" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
     assert (tmp_path / "r.png").stat().st_size > 5000
     unjudged = [{**x, "verdicts": False} if x["phase"] == "final" else x for x in lines]
     text = "\n".join(compare_report.report(unjudged))
@@ -275,6 +281,15 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| difference in dev accuracy, points |" in text and "test" not in text
     tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
     assert tables == [7] * 4 + [6] * 3
+
+
+def test_a_verdict_needs_ten_seeds():
+    lines = [{"phase": "labels", "task": "mrpc", "labels": "11110000"}]
+    for seed in range(1, 11):
+        assert "difference |" not in "\n".join(compare_report.report(lines))
+        lines += [made_up("a", seed, "11110111"), made_up("b", seed, "11110000", controls=["a"])]
+    assert "| b − a | 10 | +37.5 | +37.5 … +37.5 |" in "\n".join(compare_report.report(lines))
+    assert "| a difference |" in "\n".join(compare_report.report(lines))
 
 
 # --------------------------------------------------------------------------------- studies for real

@@ -6,6 +6,7 @@
     a link, a picture                                    leads somewhere
     a number that can be counted, a version              is what it is
     the size guides                                      hold
+    a table of a study                                   is what the report of its lines says
 
 Names are looked up in the syntax trees of the files; only the command lines are parsed by the
 programs' own parsers. Nothing is trained, loaded or fetched.
@@ -32,6 +33,7 @@ import pytest
 import torch
 
 from support import flags, run_folder
+from tools import ablation, compare_report
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
@@ -570,6 +572,35 @@ def test_numbers_that_can_be_counted():
                 if int(said.replace(",", "")) != number:
                     wrong.append(f"{where}: {said} {words}, there are {number}")
     none(wrong)
+
+
+@pytest.mark.parametrize("study, page", [("relatives", "relatives.md"), ("mrpc", "results.md")])
+def test_the_tables_of_a_study_are_what_its_lines_say(study, page):
+    lines = compare_report.read_results(ROOT / "results" / f"{study}.jsonl")
+    blocks = "\n".join(compare_report.report(lines)).split("\n\n")
+    text = (ROOT / "docs" / page).read_text()
+    tables = [block for block in blocks if block.startswith("|")]
+    assert tables
+    none([table for table in tables if f"\n\n{table}\n\n" not in text])
+
+
+def test_the_results_of_the_readme_are_those_of_the_page():
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    section = (ROOT / "README.md").read_text().partition("\n## Results\n")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    assert rows
+    none([row for row in rows if row not in page])
+
+
+def test_the_tables_of_the_scores_are_what_their_lines_say(monkeypatch):
+    """Without the row of random scores, whose draws take seconds."""
+    monkeypatch.setattr(ablation, "DRAWS", 1)
+    path = ROOT / "results" / "ablation.jsonl"
+    tables = ablation.tables(ablation.parse(path.read_bytes(), path))
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    rows = [row for row in tables if row.startswith("|") and not row.startswith("| random |")]
+    assert rows
+    none([row for row in rows if row not in page])
 
 
 def test_versions_are_those_of_the_requirements():

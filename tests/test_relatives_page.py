@@ -8,7 +8,6 @@ import pytest
 import lora
 import tiny
 from relatives import METHODS
-from tools import compare_report
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "relatives.md"
@@ -56,9 +55,3 @@ def test_what_a_row_says_trains_does(name):
     expected = value(once, **numbers) * (len(places) if shared else len(layers))
     expected += value(own or "0", **numbers) * len(layers)
     assert sum(counts[module] for module in layers) == expected
-
-
-def test_the_tables_of_the_study_are_what_its_lines_say():
-    lines = compare_report.read_results(ROOT / "results" / "relatives.jsonl")
-    tables = [row for row in compare_report.report(lines) if row.startswith("|")]
-    assert "\n".join(tables).replace("|\n| difference", "|\n\n| difference") in PAGE.read_text()

@@ -151,12 +151,12 @@ def check_lines(study, lines, path):
     for line in lines:
         if line["phase"] == "labels" or line["arm"] not in arms:
             continue  # an arm that the study no longer has stays on record
-        flags = flags_of(study, arms[line["arm"]])
-        if line["flags"] != flags:
-            raise ValueError(
-                f"{path}: arm {line['arm']!r} was run with {line['flags']!r}, the study says "
-                f"{flags!r}: give the arm another name, or take its lines away"
-            )
+        for field, value in about(study, arms[line["arm"]], run_of(line)).items():
+            if line.get(field, value) != value:
+                raise ValueError(
+                    f"{path}: arm {line['arm']!r} was run with {field} {line[field]!r}, the study "
+                    f"says {value!r}: give the arm another name, or take its lines away"
+                )
 
 
 def flags_of(study, arm):
@@ -269,15 +269,18 @@ def start(study, run, flags, folder, data_dir):
 
 def about(study, arm, run):
     """What every line begins with: which run it is of."""
-    return {
+    line = {
         "phase": run.phase,
         "arm": arm.name,
         "space": arm.space,
-        "controls": arm.controls,
+        "controls": list(arm.controls),
         "flags": flags_of(study, arm),
         "seed": run.seed,
         "lr": run.lr,
-    } | ({} if study.verdicts else {"verdicts": False})
+    }
+    if run.phase == "tune":
+        line |= {"tune_pairs": study.tune_pairs, "split_seed": study.split_seed}
+    return line if study.verdicts else {**line, "verdicts": False}
 
 
 def line_of(study, arm, run, folder):
