@@ -145,7 +145,8 @@ def within_budget(scores, costs, budget, generator=None):
     Where no score is positive the choice is random: modules in random order, each that still fits.
 
     Args:
-        scores: dict name -> float; larger = keep. Below 0: never chosen while another is positive.
+        scores: dict name -> float; larger = keep. 0 or below: never chosen while another is
+            positive, even where it would fit.
         costs: dict name -> int, trainable parameters, > 0.
         budget: number of parameters.
         generator: torch.Generator for ties; None = one that is seeded with 0.

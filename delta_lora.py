@@ -31,9 +31,9 @@ W_T + s B A, with scale s: W_T holds the lambda part already.
 
 deviates: nothing.
 
-What this file does not do: dropout on the branch (refused: with it dL/d(BA) is
-no longer s dL/dW, the reason for which the paper removes it), weights of 16 bits or less, weights
-that two layers share.
+What this file does not do: dropout on the branch (refused: with it dL/d(BA) is no longer s dL/dW,
+the reason for which the paper removes it); move a weight of 16 bits or less, or one that two layers
+share (refused, but for lazy=True, which leaves W alone).
 """
 
 import math

@@ -19,13 +19,17 @@ takes its share of the batches; gradients and counts are summed (support/distrib
 G = dL/dW, and W is the matrix that has this place: the frozen weight, of a residual the identity,
 of a cross-layer shortcut zero. The two slot scores say what the place is worth, the others what
 this pair in it is worth. A_k is row k of A, o the product entry by entry. synflow_released and
-alpha_test_released, at the end, compute what the released code does.
+alpha_test_released, at the end, compute what the authors' released code does.
+
+constant, grad_norm, snip, synflow and alpha_test are HeteroLoRA's. grasp and fisher come from
+zero-cost-nas, and the slot scores are ours.
 
 WHAT B = 0 DOES. lora_B starts at zero, so dL/dA = s B^T G = 0, and a score that multiplies each
-factor by its own gradient is exactly 0 for every module. With SNIP, SYNFLOW and FISHER the first
-choice is then a random draw, and score() warns. A dynamic run stays with that draw: what was on has
-B other than 0 and scores above 0, and what was never on scores 0 again. GRAD-NORM lives, as
-||s G A^T||: a random projection of G, proportional to s.
+factor by its own gradient is exactly 0 for every module; so is alpha_test, as the branch does
+nothing yet. With SNIP, SYNFLOW, FISHER and ALPHA-TEST the first choice is then a random draw, and
+score() warns. With the first three a dynamic run stays with that draw: what was on has B other than
+0 and scores above 0, and what was never on scores 0 again. GRAD-NORM lives, as ||s G A^T||: a
+random projection of G, proportional to s.
 
 What this file does not do: choose (allocate.py), or change anything. Parameters, buffers, .grad,
 requires_grad, train/eval mode, on/off and the RNG are as before, also when the loss raises.

@@ -6,7 +6,7 @@ Three kinds, three small interfaces. To add one is a file and its line in METHOD
     adapter    | a LoRALayer of another form, which lora.inject puts on the targets
     optimizer  | a function (model, lr, weight_decay) -> torch.optim.Optimizer
     allocator  | a class with before_step() and after_step() around the optimizer's step, state()
-               | and load() for the checkpoint, and the adapter whose ranks it allocates
+               | and load() for the checkpoint, adapter (whose ranks it allocates), single_ranks
 
 An adapter has the arguments of LoRALayer and overrides what differs: forward, delta_w (what it adds
 to the weight), factors (the tensors that train), pair (what it exports as). Where modules share

@@ -231,7 +231,7 @@ PRESETS = {
     "delta-lora": {**LORA, "delta_ratio": 2.0, "lr": 5e-4},  # K: a third of the first epoch
     "heterolora-released": {**RELEASED, **GRAD_NORM, "score_batches": 32},
     "uniform-r2-released": {**RELEASED, "r": 2, "allocate": "none"},
-    # The only values for Delta-LoRA that can be sourced: Algorithm 1's "in experiments".
+    # The only values of Delta-LoRA that are known to us (docs/deviations.md 43).
     "delta-lora-released": {**LORA, "r": 8, "delta_ratio": 2.0, "delta_start": 500},
 }
 # Flags that may stand beside --resume.

@@ -33,7 +33,7 @@ import pytest
 import torch
 
 from support import flags, run_folder
-from tools import ablation, compare_report
+from tools import compare_report
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
@@ -588,17 +588,6 @@ def test_the_results_of_the_readme_are_those_of_the_page():
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
     section = (ROOT / "README.md").read_text().partition("\n## Results\n")[2].partition("\n## ")[0]
     rows = [row for row in section.splitlines() if row.startswith("|")]
-    assert rows
-    none([row for row in rows if row not in page])
-
-
-def test_the_tables_of_the_scores_are_what_their_lines_say(monkeypatch):
-    """Without the row of random scores, whose draws take seconds."""
-    monkeypatch.setattr(ablation, "DRAWS", 1)
-    path = ROOT / "results" / "ablation.jsonl"
-    tables = ablation.tables(ablation.parse(path.read_bytes(), path))
-    page = (ROOT / "docs" / "results.md").read_text().splitlines()
-    rows = [row for row in tables if row.startswith("|") and not row.startswith("| random |")]
     assert rows
     none([row for row in rows if row not in page])
 
