@@ -62,7 +62,7 @@ class AdaLoRA:
         self.layers, self.interval, self.t = layers, interval, 0
         self.warmup, self.last = steps // 6, steps - steps // 2
         self.total = sum(a.r for a in layers.values())
-        self.target = int(keep * self.total)
+        self.target = int(round(keep * self.total, 9))  # 0.7 * 90 is 62.99999999999999
         if self.target < 1:
             raise ValueError(f"--keep {keep:g} of {self.total} ranks is none: give more")
         self.factors = {f"{n}.{k}": f for n, a in layers.items() for k, f in a.factors().items()}

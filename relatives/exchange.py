@@ -14,14 +14,16 @@ What this file does not do: prune or grow (alora.py).
 import torch
 
 import lora
+import proxies
 from support import distributed
 
 
 @torch.no_grad()
 def mean_loss(model, batches):
-    """Of all examples in a list of batches, a float."""
-    total = sum(len(batch["labels"]) for batch in batches)
-    return sum(model(**b).loss.item() * len(b["labels"]) / total for b in batches)
+    """Of all examples (or predicted tokens) in a list of batches, a float."""
+    terms = [proxies.loss_terms(model, batch) for batch in batches]
+    losses = [model(**batch).loss.item() for batch in batches]
+    return sum(n * loss for n, loss in zip(terms, losses, strict=True)) / sum(terms)
 
 
 def importance(model, batches):

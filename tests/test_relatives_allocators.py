@@ -46,6 +46,15 @@ def masks_of(m, steps=12, interval=1, keep=0.5):
 # ------------------------------------------------------------------------------------------ AdaLoRA
 
 
+def test_the_last_budget_is_rounded_down():
+    """0.42 * 18 is 7.56; 0.7 * 90 is 63, though 62.99999999999999 by floats."""
+    assert masks_of(with_e(), keep=0.42).target == 7
+    m = tiny.model("bert")
+    lora.inject(m, ("q_proj", "k_proj", "fc1"), r=10, adapter=adalora.AdaLoRALayer)
+    masks = masks_of(m, keep=0.7)
+    assert (masks.total, masks.target) == (90, 63)
+
+
 def test_at_the_start_e_is_zero_and_a_and_b_are_small():
     m = tiny.model("bert")
     before = m(**tiny.batch(m.config)).logits
@@ -320,6 +329,35 @@ def test_importance_by_deleting_ranks():
     assert found.keys() == set(ranks) and len(set(found.values())) == 4
 
 
+def test_importance_does_not_depend_on_how_tokens_are_cut_into_batches():
+    """A loss of text is a mean over tokens: the long sequences count for more."""
+    m = tiny.model("llama", head="lm")
+    lora.inject(m, ("q_proj",), r=2, lora_alpha=5, adapter=alora.ALoRALayer)
+    tiny.randomise([a.lora_B for a in lora.adapters(m).values()], 1, std=2.0)
+    whole = tiny.batch(m.config, lengths=(9, 7, 4, 3))
+    cut = [{key: value[rows] for key, value in whole.items()} for rows in ([0, 1], [2, 3])]
+    found, again = importance(m, [whole]), importance(m, cut)
+    assert found == pytest.approx(again, abs=1e-12) and len(set(found.values())) > 2
+
+
+def test_importance_is_measured_without_dropout():
+    m = of_two()
+    batches = [tiny.batch(m.config)]
+    expected, state = importance(m.eval(), batches), torch.get_rng_state()
+    for layer in lora.adapters(m).values():
+        layer.lora_dropout = 0.5
+    assert importance(m.train(), batches) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_places_are_no_more_than_a_matrix_has_ranks():
+    """12 in, 20 out: 9 ranks and 3 more places, at the scale of 9; 13 ranks are refused."""
+    layer = alora.ALoRALayer(torch.nn.Linear(12, 20), 12, 20, r=9, lora_alpha=18)
+    assert (layer.r, layer.ranks_off, layer.scaling) == (12, [9, 10, 11], 2)
+    with pytest.raises(ValueError, match="r is 13, allowed: an integer from 1 to 12"):
+        alora.ALoRALayer(torch.nn.Linear(12, 20), 12, 20, r=13, lora_alpha=18)
+
+
 def test_who_loses_and_who_gains():
     """n = 4 modules. The 4 worst are of a, b and e; c alone lost none, and has room for two."""
     scores = {("a", 0): 0.1, ("a", 1): 0.2, ("b", 0): 0.3, ("b", 1): 9.0}
@@ -364,7 +402,11 @@ def test_a_round_keeps_the_budget_and_the_outputs_of_what_grows():
         for k in range(4)
         if k not in layers[gained].ranks_off and not layers[gained].lora_B[:, k].any()
     ]
-    assert len(new) == grown[gained] and layers[gained].lora_A[new].any()
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.stack([torch.randn(12, generator=rng) for _ in new]) / 6
+    # uniform within 1 / sqrt(12), as A is at first, has the variance (1 / 6)^2
+    assert len(new) == grown[gained]
+    torch.testing.assert_close(layers[gained].lora_A[new], drawn.double(), rtol=1e-6, atol=0)
     assert all(any(p is q for q in forgotten) for k in new for p in ranks.parts[gained][k])
 
 
@@ -524,6 +566,9 @@ def test_no_adapters_do_better():
     target, *weights = net(1, n=5, layers=2)
     bound = torch.linalg.svdvals(target - weights[1] @ weights[0])[2].item()
     best = expressive_power.adapters(weights, target, (1, 1))
+    first, second = (w + B @ A for w, (A, B) in zip(weights, best, strict=True))
+    reached = torch.linalg.matrix_norm(target - second @ first, 2).item()
+    assert reached == pytest.approx(bound, abs=1e-8)
     for seed in range(20):
         rng = torch.Generator().manual_seed(seed)
         pairs = [
