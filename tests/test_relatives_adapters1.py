@@ -288,10 +288,11 @@ def test_dora_weight_has_the_trained_norms_and_is_blind_to_the_scale_of_v():
     torch.testing.assert_close(layer.delta_w(), S * layer.lora_B @ layer.lora_A)
 
 
-def test_dora_dropout_is_on_all_that_is_added():
-    layer = layer_of(DoRA, lora_dropout=0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_on_all_that_is_added(kind):
+    layer = layer_of(METHODS["adapter"][kind], 12, 20, lora_dropout=0.5)
     tiny.randomise(layer.factors().values(), 4)
-    x = torch.randn(1000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1000, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
     dropped = torch.nn.functional.dropout(x, 0.5)
     torch.manual_seed(5)

@@ -209,12 +209,13 @@ def test_predecessors_beyond_the_fourth_are_left_out():
 
 @pytest.mark.parametrize("kind", ["tied", "reslora_input", "reslora_block", "reslora_middle"])
 def test_one_block_is_lora(kind):
+    """Tied: with u and v as they are at the start, ones."""
     m, layers = generic(kind, num_layers=1)
     plain, own = generic("lora", num_layers=1)
+    _, start = inject(kind, num_layers=1)
     for name, a in layers.items():
         if kind == "tied":
-            torch.nn.init.ones_(a.lora_u)
-            torch.nn.init.ones_(a.lora_v)
+            a.lora_u.data, a.lora_v.data = start[name].lora_u.data, start[name].lora_v.data
         a.lora_A.data, a.lora_B.data = own[name].lora_A.data, own[name].lora_B.data
     batch = tiny.batch(m.config)
     close(m(**batch).logits, plain(**batch).logits, atol=1e-13)
@@ -226,6 +227,27 @@ def test_without_predecessors_it_is_lora(kind, monkeypatch):
     assert (generic(kind)[0](**batch).logits - plain(**batch).logits).abs().max() > 1e-3
     monkeypatch.setattr(ADAPTERS[kind], "pre", 0)
     close(generic(kind)[0](**batch).logits, plain(**batch).logits, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["reslora_input", "reslora_middle"])
+def test_dropout_is_on_what_a_branch_takes(kind):
+    """Two modules, the second with what the first hands on: the sum written out, at one seed."""
+    layers = [ADAPTERS[kind](torch.nn.Linear(12, 20), 12, 20, 3, 5, 0.5).double() for _ in "ab"]
+    ADAPTERS[kind].connect({f"layers.{i}.fc1": a for i, a in enumerate(layers)}, seed=0)
+    tiny.randomise([p for a in layers for p in (a.lora_A, a.lora_B)], 4)
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(500, 12, dtype=torch.float64, generator=rng) for _ in "ab")
+    torch.manual_seed(5)
+    first, second = (layer(z) for layer, z in zip(layers, (x, y), strict=True))
+    torch.manual_seed(5)
+    (A, B), (C, D) = ((a.lora_A, a.lora_B) for a in layers)
+    if kind == "reslora_input":  # each branch drops entries of the sum of both inputs
+        inner = F.dropout(x, 0.5) @ A.T, F.dropout(x + y, 0.5) @ C.T
+    else:  # each module drops entries of its own input, and hands on the same
+        of_x, of_y = F.dropout(x, 0.5) @ A.T, F.dropout(y, 0.5) @ C.T
+        inner = of_x, of_x + of_y
+    close(first, layers[0].base(x) + S * inner[0] @ B.T, atol=1e-12)
+    close(second, layers[1].base(y) + S * inner[1] @ D.T, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -589,6 +611,35 @@ def test_the_run_says_what_is_spent_with_what_is_shared_once(flags, tmp_path, ca
 # ---------------------------------------------------------------------------------------- bad input
 
 
+REFUSED = {  # what is in the table of incompatible.py, written a second time: method -> flags
+    "dora": "delta-ratio per-rank",
+    "asymmetry": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
+    "lora_xs": "delta-ratio per-rank fisher riemannian lora_pro lora_rite loraplus",
+    "sbora_fa": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
+    "sbora_fb": "delta-ratio per-rank riemannian lora_pro lora_rite loraplus",
+    "prolora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
+    "tied": "delta-ratio per-rank fisher riemannian lora_pro lora_rite budget-params when-off",
+    "condlora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite loraplus budget-params "
+    "when-off",
+    "cora": "delta-ratio per-rank riemannian lora_pro lora_rite loraplus",
+    "reslora_input": "delta-ratio",
+    "reslora_block": "delta-ratio when-off",
+    "reslora_middle": "delta-ratio per-rank riemannian lora_pro lora_rite when-off",
+    "lora_rite": "per-rank",
+    "adalora": "adapter delta-ratio riemannian lora_pro lora_rite",
+    "alora": "adapter delta-ratio optimizer",
+}
+
+
+def test_no_refusal_has_gone_missing():
+    words = {method: set() for method in INCOMPATIBLE}
+    for method, flags in INCOMPATIBLE.items():
+        for flag in flags:
+            name, _, value = flag.removeprefix("--").partition(" ")
+            words[method].add(value if name in ("optimizer", "proxy") and value else name)
+    assert words == {method: set(flags.split()) for method, flags in REFUSED.items()}
+
+
 @pytest.mark.parametrize("kind, feature", [(k, f) for k in KINDS for f in INCOMPATIBLE.get(k, {})])
 def test_what_does_not_go_together_is_refused_by_name(kind, feature, capsys):
     more = {
@@ -628,7 +679,11 @@ def test_an_adapter_without_targets_is_refused():
 
 
 def test_the_control_is_of_equal_cost_or_none():
-    for kind in ("tied", "cora"):
+    """None where the parameters are not r times those of rank 1."""
+    for kind in ADAPTERS:
         text = f"--adapter {kind} --targets q_proj,k_proj,v_proj --allocate static"
         control = equal_budget_control(parse_flags(text.split()), 100, {"a": 160, "b": 160})
-        assert control is None if kind == "tied" else "--adapter cora" in control[0]
+        if kind in ("dora", "lora_xs", "prolora", "tied"):
+            assert control is None
+        else:
+            assert kind == "lora" or f"--adapter {kind}" in control[0]

@@ -1,5 +1,7 @@
 """Optimizer rules: each against its definition, and which steps do not see (R A, B R^-1)."""
 
+import math
+
 import pytest
 import torch
 
@@ -158,6 +160,15 @@ def test_lora_pro_at_b_zero_and_with_a_lost_rank():
     assert (B.T @ left).abs().max() < 1e-10 and (left @ A.T).abs().max() < 1e-10
 
 
+def test_lora_pro_keeps_a_direction_that_is_small():
+    """A column of B that is 1e-4 of the others is no lost rank."""
+    A, B, G, _, gB, s = point()
+    B[:, 1] *= 1e-4
+    new_A, new_B = lora_pro.nearest(A, B, s * B.T @ G, gB, s)
+    left = s * B @ new_A + s * new_B @ A - G
+    assert (torch.linalg.qr(B).Q.T @ left).abs().max() < 1e-6
+
+
 def test_lora_pro_counts_each_modules_steps_from_one():
     """A module that comes in late has AdamW's first update, lr in each entry, as the first had."""
     m = adapted()
@@ -291,6 +302,43 @@ def test_rite_with_fewer_tokens_than_r(dtype):
             assert values[0] > 1e-4 and values[1] < 1e-2 * values[0]
     loss = (layer.delta_w() * G).sum() - (layer.scaling * B @ A * G).sum()
     assert loss < 0
+
+
+def test_rite_clips_by_the_norm_of_all_modules_together():
+    """After one step V = g^T g / n of what is left: its trace is ||g||^2 / (n total^2)."""
+    m = tiny.adapted("bert", targets=("fc1",), r=3)
+    lora.adapters(m)["layers.2.fc1"].enabled = False
+    optimizer = METHODS["optimizer"]["lora_rite"](m, 1e-2, 0.0)
+    rng, norms = torch.Generator().manual_seed(0), {}
+    for i in (0, 1):
+        A, B = (m.layers[i].fc1.get_parameter(name) for name in ("lora_A", "lora_B"))
+        A.grad, B.grad = (0.4 * torch.randn(p.shape, generator=rng, dtype=F64) for p in (A, B))
+        # (Y^T Y)^(-1/2) takes the size of the other factor away, up to a rotation: same norm
+        for p, grad, Y in ((A, A.grad.T, B), (B, B.grad, A.T)):
+            values, vectors = torch.linalg.eigh((Y.T @ Y).detach())
+            norms[p] = (grad @ vectors / values.sqrt()).norm().item()
+    total = math.hypot(*norms.values())
+    assert total > 1.2 * math.hypot(*list(norms.values())[:2])  # of one module alone
+    optimizer.step()
+    for p, norm in norms.items():
+        rows = p.numel() // 3
+        trace = optimizer.state[p]["exp_avg_sq"].trace().item()
+        assert trace == pytest.approx((norm / total) ** 2 / rows, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_rite_cuts_off_what_is_a_rank_by_rounding_alone(dtype):
+    """B of rank 2 at r = 3, up to rounding: A moves, by about the rate, not by 1e7 of it."""
+    m = tiny.adapted("bert", targets=("fc1",), r=3, dtype=dtype)
+    layer, rng = m.layers[0].fc1, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        left, right = (torch.randn(x, generator=rng, dtype=dtype) for x in ((20, 2), (2, 3)))
+        layer.lora_B.copy_(left @ right)
+    A, B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    G = 1e-2 * torch.randn(20, 12, generator=rng, dtype=dtype)
+    layer.lora_A.grad, layer.lora_B.grad = layer.scaling * B.T @ G, layer.scaling * G @ A.T
+    METHODS["optimizer"]["lora_rite"](m, 1e-2, 0.0).step()
+    assert 1e-4 < (layer.lora_A - A).abs().max() < 1
 
 
 # --------------------------------------------------------------------------- (R A, B R^-1), and off
