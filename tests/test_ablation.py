@@ -152,6 +152,28 @@ def test_measuring_leaves_no_trace(folders, moment):
     assert not same(before, snapshot(run)), "this snapshot sees nothing"
 
 
+def test_every_proxy_scores_the_batches_that_train_py_scores(folders, monkeypatch):
+    """ALPHA-TEST every second of them; "size" is the number of parameters."""
+    run = a_run(folders)
+    train.train_step(run, train.epoch_steps(run, 0)[0], 0.05)  # B is not zero
+    score, given = proxies.score, {}
+
+    def watched(name, model, batches):
+        given[name] = batches
+        return score(name, model, batches)
+
+    monkeypatch.setattr(proxies, "score", watched)
+    found = ablation.measure(run, "end", [], 1, ignore)["scores"]
+    batches = list(train.score_batches(run))
+    assert len(batches) == 2 and given.keys() == proxies.PROXIES.keys()
+    for name, taken in given.items():
+        assert same(taken, batches[:1] if name.startswith("alpha_test") else batches), name
+        if any(found[name].values()):
+            assert found[name] == pytest.approx(score(name, run.model, taken), rel=1e-6), name
+    layers = lora.adapters(run.model)
+    assert found["size"] == {n: a.lora_A.numel() + a.lora_B.numel() for n, a in layers.items()}
+
+
 def test_the_training_is_that_of_train_py(folders, command, tmp_path, monkeypatch):
     """To the bit, where train.tsv is the tuning split."""
     model, task = folders

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 import tiny
 import train
-from support import checkpoint, glue
+from support import checkpoint, glue, run_folder
 from support import flags as flags_module
 from tools import compare, compare_report
 
@@ -283,6 +284,18 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert tables == [7] * 4 + [6] * 3
 
 
+def test_the_picture_has_a_dot_a_run_and_a_bar_at_the_mean(tmp_path, monkeypatch):
+    lines = [{"phase": "labels", "task": "mrpc", "labels": "11110000"}]
+    for seed, predictions in (1, "11110011"), (2, "11110111"), (3, "11110000"):  # 6, 5, 8 of 8
+        lines += [made_up("a", seed, predictions), made_up("b", seed, "00001111")]
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *a, **k: drawn.append(a[1:3]) or plot(*a, **k))
+    compare_report.draw(lines, tmp_path / "r.png")
+    assert drawn[0] == ([75.0, 62.5, 100.0], [0, 0, 0])
+    assert drawn[1] == ([pytest.approx(237.5 / 3)] * 2, [-0.3, 0.3])
+    assert drawn[2] == ([0.0, 0.0, 0.0], [1, 1, 1])
+
+
 def test_a_verdict_needs_ten_seeds():
     lines = [{"phase": "labels", "task": "mrpc", "labels": "11110000"}]
     for seed in range(1, 11):
@@ -336,14 +349,14 @@ class Forked:
 def real(tmp_path, monkeypatch):
     """go(results, work) makes the runs of a study of two arms on a tiny model, two at a time."""
     monkeypatch.setattr(compare, "subprocess", types.SimpleNamespace(Popen=Forked))
-    monkeypatch.setattr(compare, "GRID", [1e-3])  # nowhere to widen to: one tune run a seed
+    monkeypatch.setattr(compare, "GRID", [3e-3])  # nowhere to widen to: one tune run a seed
     data, model = tiny.task_folder(tmp_path / "data"), tiny.bert_folder(tmp_path / "model")
     (data / "test.tsv").write_bytes((data / "dev.tsv").read_bytes())
     text = STUDY.replace('"--epochs 1"', f'"--model {model} --preset lora --device cpu"')
     text = text.replace("seeds = [100, 101]", "seeds = [100]").replace("pairs = 2", "pairs = 4")
     arms = ARM.format("a", 2, "") + ARM.format("b", 3, 'controls = ["a"]')
     path = tmp_path / "mini.toml"
-    path.write_text((text + arms).replace("lrs = [1e-3, 3e-3]", "lrs = [1e-3]"))
+    path.write_text((text + arms).replace("lrs = [1e-3, 3e-3]", "lrs = [3e-3]"))
     study = compare.read_study(path)
 
     def go(name):
@@ -358,6 +371,17 @@ def real(tmp_path, monkeypatch):
 def without_seconds(lines):
     runs = [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
     return sorted(runs, key=lambda x: (x["phase"], x.get("arm", ""), x.get("seed", 0)))
+
+
+def made_in(work):
+    """{(phase, arm, seed, rate, r, training pairs, dev pairs)} of the run folders of a study."""
+    made = set()
+    for path in work.glob("*-*/config.json"):
+        flags, data = (run_folder.read_config(path.parent, key) for key in ("flags", "data"))
+        sizes = data["train"]["examples"], data["dev"]["examples"]
+        name = path.parent.name.split("-")[:2]
+        made.add((*name, flags["seed"], flags["lr"], flags["r"], *sizes))
+    return made
 
 
 def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_path, monkeypatch):
@@ -375,6 +399,11 @@ def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_pa
         else:
             assert "test" not in x and "predictions" not in x
     assert not (tmp_path / "whole" / "tune" / "test.tsv").exists()
+    assert made_in(tmp_path / "whole") == {  # 24 pairs train, of which 4 are the tuning split
+        (x["phase"], x["arm"], x["seed"], x["lr"], {"a": 2, "b": 3}[x["arm"]])
+        + ((20, 4) if x["phase"] == "tune" else (24, 10))
+        for x in runs
+    }
 
     pause, step = compare.time.sleep, train.train_step
 
@@ -409,6 +438,26 @@ def test_a_run_that_fails_stops_the_study_with_its_reason(real, tmp_path, monkey
     with pytest.raises(RuntimeError, match=r"tune-.* ended with exit code 1: .*No space left"):
         real("full")
     assert [x["phase"] for x in compare_report.read_results(tmp_path / "full.jsonl")] == ["labels"]
+    (tmp_path / "full.jsonl").write_text('{"phase": "labels", "task": "mrpc", "labels": "01"}\n')
+    with pytest.raises(ValueError, match=r"was made with another test set than .*data"):
+        real("full")
+
+
+def test_a_rate_whose_loss_is_not_a_number_is_the_worst(study, tmp_path):
+    """A tune run that diverged is on record, its rate not chosen; of a final run it is an error."""
+    lines = [line("tune", "a", lr, s, 0.3) for lr in (1e-4, 3e-4, 1e-3, 3e-3) for s in (100, 101)]
+    for x in lines[-2:]:
+        x["dev"] = []
+    lines += [line("tune", "a", 3e-5, s, 0.2) for s in (100, 101)]
+    assert compare.tuning(study, study.arms[0], lines) == ([], 1e-4)
+    (tmp_path / "run.log").write_text("0%\rtrain.py: the loss of step 7 is nan: lower --lr\n")
+    arm, folder = study.arms[0], tmp_path / "run"
+    tune, final = (compare.Run(phase, "a", 3e-3, 1) for phase in ("tune", "final"))
+    found = compare.line_after(study, arm, tune, folder, 1)
+    assert found["dev"] == [] and found["stopped"].endswith("step 7 is nan: lower --lr")
+    for run, code in (final, 1), (tune, 2):
+        with pytest.raises(RuntimeError, match=f"ended with exit code {code}: train.py: the loss"):
+            compare.line_after(study, arm, run, folder, code)
 
 
 # ------------------------------------------------------------------------------------------- split

@@ -8,6 +8,8 @@ import csv
 import json
 import math
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -387,6 +389,39 @@ def test_java_is_left_out_in_one_line(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     scores, why = writing.with_java([], [])
     assert scores == {} and "METEOR, ROUGE-L and CIDEr need" in why
+
+
+def test_with_java_all_but_cider_are_of_100(monkeypatch):
+    """The packages' part is played by other ones: scores from what they are given, and a list."""
+
+    class Tokenizer:
+        def tokenize(self, captions):
+            return {i: [c["caption"].lower() for c in all_of] for i, all_of in captions.items()}
+
+    def scorer(value):
+        class Scorer:
+            def compute_score(self, references, texts):
+                print("counted")
+                assert references == {0: ["ab", "c"], 1: ["d"]} and texts == {0: ["ab"], 1: ["x"]}
+                return value, [value, value]
+
+        return Scorer
+
+    for path, name, made in (
+        ("cider.cider", "Cider", scorer(1.05)),
+        ("meteor.meteor", "Meteor", scorer(0.3)),
+        ("rouge.rouge", "Rouge", scorer(0.5)),
+        ("tokenizer.ptbtokenizer", "PTBTokenizer", Tokenizer),
+    ):
+        for part in ("pycocoevalcap", f"pycocoevalcap.{path.split('.')[0]}"):
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        module = types.ModuleType(f"pycocoevalcap.{path}")
+        setattr(module, name, made)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
+    asked = [texts.Prompt("p", [], ["AB", "C"], 3), texts.Prompt("q", [], ["D"], 3)]
+    scores, why = writing.with_java(asked, ["AB", "X"])
+    assert scores == {"meteor": 30, "rouge_l": 50, "cider": 1.05} and why == ""
 
 
 def test_examples_beside_their_references():
