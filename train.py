@@ -261,8 +261,7 @@ def prepare(args, stack):
     if args.resume and writes:
         stack.enter_context(run_folder.locked(Path(args.resume)))
     run = set_up(args)
-    splits = {"dev": run.dev} if args.eval_only else {"train": run.train, "dev": run.dev}
-    data = {split: glue.fingerprint(examples) for split, examples in splits.items()}
+    data = runs.fingerprints(run, args.shard == "yes")
     lines = 0
     if args.resume:
         per_epoch = 0 if args.eval_only else len(epoch_steps(run, 0))
@@ -307,6 +306,8 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             print(f"train.py: {one_line(error, 600)}", file=sys.stderr)
             return 0 if distributed.rank() else 2
+        except KeyboardInterrupt:  # before there is anything to save
+            return 0 if distributed.rank() else 130
         stack.enter_context(terminal.warnings_as_notes())
         for note in run.notes:
             print(note)

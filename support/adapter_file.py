@@ -2,7 +2,8 @@
 
     tensors     lora_A (r, in) and lora_B (out, r) of every module, and the head, under our names
     metadata    "adapters": {module: {"r", "scaling", "enabled"}}, with "kind" where it is no LoRA
-                pair but stored as it is; "shortcut_norm", where it is not "none"
+                pair but stored as it is; and in it "shortcut_norm", where that is not "none": of
+                two keys the library writes either first, and equal runs have equal bytes
 
 The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on. One
 of kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
@@ -40,9 +41,9 @@ def write(path, tensors, about, shortcut_norm):
         shortcut_norm: of the model's config.
     """
     content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    metadata = {"adapters": json.dumps(about)}
     if shortcut_norm != "none":
-        metadata["shortcut_norm"] = shortcut_norm
+        about = {**about, "shortcut_norm": shortcut_norm}
+    metadata = {"adapters": json.dumps(about)}
     write_atomic(adapter_path(path), safetensors.torch.save(content, metadata))
 
 
@@ -70,10 +71,11 @@ def read(path, shortcut_norm):
         about = json.loads(metadata["adapters"])
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no adapter of this program: {shown(error)}") from error
+    norm = about.pop("shortcut_norm", "none") if isinstance(about, dict) else "none"
+    norm = metadata.get("shortcut_norm", norm)  # a key of its own in files of before
     wrong = misfit(without_kinds(about), ABOUT, "adapters")
     if wrong:
         raise ValueError(f"{path} is no adapter of this program: {wrong}")
-    norm = metadata.get("shortcut_norm", "none")
     if norm != shortcut_norm:
         raise ValueError(
             f"{path} was trained with shortcut_norm {norm!r}: load the model with that, not "

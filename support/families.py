@@ -525,6 +525,10 @@ def config_fields(hf):
     fields = {"family": name, **family.features, **family.finish(fields)}
     if fields["causal"]:
         fields["eos_token_ids"] = eos_ids(hf)
+        expected, fits = KINDS["token id"]
+        for e in fields["eos_token_ids"]:
+            if not fits(e, fields):
+                raise ValueError(f"config.json: eos_token_id has {e}, expected {expected}")
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     if fields["max_positions"] < 1:
         raise ValueError(

@@ -236,6 +236,10 @@ PRESETS = {
 }
 # Flags that may stand beside --resume.
 RESUMABLE = ("resume", "eval_only", "test", "device", "data_dir")
+# Flags that matter to a model that is measured as it is, --eval-only without --resume.
+MEASURING = (
+    *RESUMABLE, "task", "model", "eval_records", "max_length", "seed", "base_dtype", "shard"
+)  # fmt: skip
 
 
 def parse_flags(argv, task_of=None):
@@ -283,6 +287,8 @@ def parse_flags(argv, task_of=None):
         args = {**defaults(task), **PRESETS.get(given["preset"], {}), **given}
         if given["eval_only"] and tasks.TASKS[args["task"]].head != "lm":
             raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
+        if given["eval_only"]:
+            refuse_training_flags(given)
         refuse_conflicts(given, args)
         return types.SimpleNamespace(**args)
     for name in given:
@@ -292,6 +298,14 @@ def parse_flags(argv, task_of=None):
             )
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
+
+
+def refuse_training_flags(given):
+    """Raises ValueError where a flag is given that does nothing to a model that is measured."""
+    for name, value in given.items():
+        if name not in MEASURING and value not in (None, False):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} does nothing with --eval-only: no run, and nothing trains")
 
 
 def defaults(task=None):

@@ -64,7 +64,8 @@ def choose(logits, temperature, top_p, generator):
     """One token a row, (b, vocab) -> (b,): the likeliest at temperature 0, else a random one."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)  # (b, vocab)
+    # from the largest down, so that the coldest leaves 1 for it and 0 for the others
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # (b, vocab)
     if top_p < 1:
         # The nucleus (arXiv 1904.09751, Eq. 3): the fewest tokens whose probability reaches top_p.
         ordered, order = p.sort(-1, descending=True)

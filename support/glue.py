@@ -334,6 +334,9 @@ def encode(examples, tokenizer, max_length):
 
     Returns:
         (list of dicts with input_ids, token_type_ids, label; int, how many were truncated).
+
+    Raises:
+        ValueError: a text is empty, and the tokenizer puts no token of its own to it.
     """
     texts = [texts if len(texts) == 2 else texts[0] for texts, _ in examples]
     tokenizer.enable_truncation(max_length, strategy="longest_first")
@@ -342,6 +345,8 @@ def encode(examples, tokenizer, max_length):
     finally:
         tokenizer.no_truncation()
     empty = tokenizer.token_to_id("<|endoftext|>")  # GPT-2 alone adds no token of its own
+    if empty is None and not all(e.ids for e in encodings):
+        raise ValueError("an example's text is empty, and so are its tokens: take it out")
     encoded = [
         {"input_ids": e.ids or [empty], "token_type_ids": e.type_ids or [0], "label": label}
         for e, (_, label) in zip(encodings, examples, strict=True)

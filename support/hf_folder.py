@@ -71,10 +71,16 @@ def read_config(folder):
 
 
 def read_chat_template(folder):
-    """(Jinja template by which messages become a prompt, or None; tokenizer_config.json)."""
+    """(Jinja template by which messages become a prompt, or None; tokenizer_config.json).
+
+    Of a list of templates, {"name", "template"} each, it is the one that is called "default".
+    """
     path = Path(folder) / "tokenizer_config.json"
     options, alone = read_json(path) if path.is_file() else {}, Path(folder) / "chat_template.jinja"
     template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None, options
 
 

@@ -1,7 +1,7 @@
 """How a model is asked: its chat template, and the tokens of a prompt.
 
     form       | a chat template and its special tokens by their names, (str, dict); or None
-    specials   | what the template calls bos_token, eos_token
+    specials   | what the template calls bos_token, eos_token, pad_token, unk_token
     ends       | ids of the tokens that end a text; a target is trained to end with the first
 
 A chat template is a Jinja program that comes with the model. It runs in Jinja's sandbox, which lets
@@ -11,23 +11,31 @@ What this file does not do: know tasks (texts.py), choose tokens (generation.py)
 """
 
 import datetime
+import json
 
 from support import hf_folder
-from support.errors import one_line
+from support.errors import one_line, shown
+
+TODAY = datetime.datetime(2024, 7, 26)  # what templates that ask for the day say by themselves
 
 
 def read_form(folder):
     """The form of a model folder, None where it has no chat template; its specials either way."""
     template, options = hf_folder.read_chat_template(folder)
     specials = {}
-    for key in ("bos_token", "eos_token"):
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = options.get(key) or ""
-        specials[key] = token["content"] if isinstance(token, dict) else token
+        specials[key] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(specials[key], str):
+            raise ValueError(f"{folder}/tokenizer_config.json: {key} is {shown(token)}, no token")
     return (template, specials) if template else None, specials
 
 
 def render(template, prompt, specials):
     """The prompt as the model's chat template puts it, up to where the answer begins.
+
+    What transformers gives to a template, and no tools or documents. deviates: today is always
+    TODAY, for a prompt should not depend on the day on which a run goes on.
 
     Raises:
         ValueError: the template is no Jinja, or does not take a single message of a user.
@@ -38,16 +46,24 @@ def render(template, prompt, specials):
     def refuse(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = TODAY.strftime
     messages = [{"role": "user", "content": prompt}]
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **specials
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **specials
         )
     except Exception as error:  # Jinja's, or any that the template's own program raises
-        raise ValueError(f"the chat template fails: {one_line(error)}; try --plain") from error
+        raise ValueError(f"the chat template fails: {one_line(error)}") from error
+
+
+def to_json(value, indent=None):
+    """As transformers' templates have it: characters as they are, keys in their order."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def ends_of(tokenizer, eos_token_ids, specials):

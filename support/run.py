@@ -7,6 +7,7 @@ checkpoint.py, adapter_file.py).
 """
 
 import dataclasses
+import hashlib
 import time
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ import allocate
 import lora
 from delta_lora import DeltaLoRA
 from relatives import rank_budget, rank_steps, single_ranks
-from support import checkpoint, distributed, report, run_folder, seeds
+from support import checkpoint, distributed, glue, report, run_folder, seeds
 
 
 class CannotGoOn(RuntimeError):
@@ -145,8 +146,36 @@ def note_decision(run, r, seconds):
     return allocate.grid(levels, run.plan.costs, budget, spent)
 
 
+def fingerprints(run, sharded):
+    """What a run goes on with only if it is the same: {"train", "dev", "base": number and SHA-256}.
+
+    Of the base it is the pretrained weights, without what is adapted; of a sharded one, of which a
+    process has a part, there is none. Of a run that only measures there is no train.
+
+    Args:
+        run: as set up, before any step. sharded: bool, --shard yes.
+    """
+    splits = {"train": run.train, "dev": run.dev}
+    found = {name: glue.fingerprint(part) for name, part in splits.items() if part is not None}
+    if sharded and distributed.world() > 1:
+        return found
+    digest, numbers = hashlib.sha256(), 0
+    for name, p in sorted(run.model.named_parameters()):
+        if not p.requires_grad and ".lora_" not in name:
+            digest.update(name.encode())
+            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            numbers += p.numel()
+    return {**found, "base": {"examples": numbers, "sha256": digest.hexdigest()}}
+
+
 def save(run):
-    """Write a checkpoint; every process calls this, the first one writes."""
+    """Write a checkpoint; every process calls this, the first one writes.
+
+    Raises:
+        CannotGoOn: the last step has made a parameter that is not finite.
+    """
+    if not all(p.isfinite().all() for p in lora.trainable(run.model).values()):
+        raise CannotGoOn(f"step {run.step} has made a parameter that is not a number")
     generators = distributed.gather(checkpoint.random_state(run.device))
     if distributed.rank() == 0:
         parts = (run.model, run.optimizer, run.plan, run.delta, run.allocator)
@@ -215,7 +244,7 @@ def resume(run, folder, data, seed, evaluating, steps, rebuild):
     """
     other = run_folder.other_data(folder, data)
     if other and not evaluating:
-        raise ValueError(f"{other}; a run keeps its data: give --data-dir as it was")
+        raise ValueError(f"{other}; a run keeps them: give --data-dir and the model as they were")
     parts = (run.model, run.optimizer, run.plan, run.delta, run.allocator)
     stored, note = checkpoint.read_last(folder, checkpoint.expected(*parts))
     run.notes += filter(None, (other, note))

@@ -1,6 +1,6 @@
 """The run folder: what a run leaves behind, written so that nothing is ever half there.
 
-    config.json           all flags, fingerprints of the data, versions, git commit
+    config.json           all flags, fingerprints of data and base, versions, git commit
     metrics.jsonl         one JSON object a line; "event" = train | eval | score | done
     allocation.json       every decision: scores, and what is on
     checkpoint.pt         the state of the run, and checkpoint.previous.pt (checkpoint.py)
@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -58,13 +59,14 @@ def write_json(path, content):
 def versions():
     """What the numbers of a run depend on, beside its flags."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    head = ["git", "rev-parse", "HEAD"]
+    git = shutil.which("git") and subprocess.run(head, cwd=here, capture_output=True, text=True)
     modules = (torch, numpy, safetensors, tokenizers)
     return {
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in modules},
         "threads": torch.get_num_threads(),
-        "git": git.stdout.strip() or None,
+        "git": (git and git.stdout.strip()) or None,
     }
 
 
@@ -146,10 +148,13 @@ def other_data(folder, data):
     """In what a run's data differs from other data, in words; "" where it does not.
 
     Args:
-        data: dict split -> fingerprint of encoded examples, "train" and "dev" or one of them.
+        data: dict split -> fingerprint of encoded examples, "train" and "dev" or one of them; and
+            "base" -> that of the pretrained weights, where they are not sharded.
     """
     stored = read_config(folder, "data")
     for split in data:
+        if stored.get(split, data[split]) != data[split] and split == "base":
+            return f"{folder} has another base: its pretrained weights were not these"
         if stored.get(split, data[split]) != data[split]:
             before, now = stored[split]["examples"], data[split]["examples"]
             what = f"{before} examples, not these {now}" if before != now else "other examples"

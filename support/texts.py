@@ -254,6 +254,8 @@ def read_record(where, row, columns, target):
             raise ValueError(f"{where}: {shown(part)} where a text is expected")
         if "\0" in part:
             raise ValueError(f"{where}: a NUL character in the text {shown(part)}")
+        if any("\ud800" <= c <= "\udfff" for c in part):
+            raise ValueError(f"{where}: half a character (a lone surrogate) in {shown(part)}")
     if not targets:
         raise ValueError(f"{where}: no {target}: a record needs one at least")
     prompt = "\n\n".join(part.strip() for part in parts if part.strip())

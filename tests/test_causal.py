@@ -172,6 +172,8 @@ def test_config_fields_of_real_files():
         ({"model_type": "mistral", "sliding_window": 512}, "sliding_window is 512, expected null"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
         ({"attention_bias": True}, "attention_bias = True is not implemented"),
+        ({"eos_token_id": 500_000, "pad_token_id": 0}, "eos_token_id has 500000, expected an id"),
+        ({"eos_token_id": [2, -1], "pad_token_id": 0}, "eos_token_id has -1, expected an id below"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is .*expected null"),
         ({"rope_scaling": {**LLAMA3_ROPE, "factor": None}}, "rope_scaling is .*expected null"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "rope_scaling is"),

@@ -10,6 +10,7 @@ import pickle
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 import lora
@@ -385,6 +386,41 @@ def test_eval_only_says_what_it_evaluates(copy, runs, tmp_path, capsys, monkeypa
     assert lines[1] == f"6 examples of {task / 'dev.tsv'}"
 
 
+def test_a_run_does_not_go_on_upon_another_base(copy, runs, tmp_path, capsys):
+    """Other weights in its model's folder: refused to train on, said to who measures."""
+    folder, path = copy("lora"), tmp_path / "model"
+    shutil.copytree(runs / "model", path)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= {"model": str(path), "data_dir": str(runs / "task")}
+    (folder / "config.json").write_text(json.dumps(config))
+    for words in ["--resume"], ["--eval-only", "--resume"]:
+        assert train.main([*words, str(folder)]) == 0  # a copy is the same base
+    assert "another base" not in capsys.readouterr().out
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    safetensors.torch.save_file(weights, path / "model.safetensors")
+    assert train.main(["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "has another base: its pretrained weights were not these" in error
+    assert error.count("\n") == 1
+    assert train.main(["--eval-only", "--resume", str(folder)]) == 0
+    assert "has another base" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_there_is_a_run_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_pretrained", interrupted)
+    assert train.main(["--dry-run"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_folder.versions()["git"] is None
+
+
 def test_control_characters_of_a_file_reach_no_terminal(tmp_path, capsys):
     task = tiny.task_folder(tmp_path / "task")
     (task / "train.tsv").write_bytes(b"a\x1b[2J\r\x0cb\tc\n1\t2\n")
@@ -562,4 +598,9 @@ def test_a_state_dict_of_other_modules_or_without_switches_is_refused():
 def test_json_of_this_file_is_whole(runs):
     """The run folders above are what a run leaves: their data is on record."""
     data = json.loads((runs / "lora" / "config.json").read_text())["data"]
-    assert {split: d["examples"] for split, d in data.items()} == {"train": 24, "dev": 10}
+    assert {split: data[split]["examples"] for split in ("train", "dev")} == {
+        "train": 24,
+        "dev": 10,
+    }
+    frozen = safetensors.torch.load_file(runs / "model" / "model.safetensors").values()
+    assert data["base"]["examples"] == sum(p.numel() for p in frozen) and len(data) == 3

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_an_empty_text_has_a_token_to_read(tmp_path, family):
     batch = glue.collate(examples, model.config.pad_token_id, model.config.type_vocab_size > 1)
     logits = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert cut == 0 and logits.isfinite().all() and len(logits) == 2
+
+
+def test_an_empty_text_without_any_token_is_refused():
+    class NoTokens:
+        def enable_truncation(self, *args, **kwargs):
+            pass
+
+        no_truncation = enable_truncation
+
+        def encode_batch(self, texts):
+            ids = [[5] * len(text) for text in texts]
+            return [types.SimpleNamespace(ids=i, type_ids=[], overflowing=[]) for i in ids]
+
+        def token_to_id(self, token):
+            return None
+
+    assert glue.encode([(("ab",), 0)], NoTokens(), 8)[0][0]["input_ids"] == [5, 5]
+    with pytest.raises(ValueError, match="an example's text is empty, and so are its tokens"):
+        glue.encode([(("ab",), 0), (("",), 1)], NoTokens(), 8)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -8,6 +8,7 @@ import torch
 
 import lora
 import tiny
+from relatives import METHODS
 from support import generation
 from support import prompts as prompting
 from test_causal import llama_folder
@@ -281,6 +282,59 @@ def test_pieces_of_text_join_to_the_whole():
 
 
 @pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),  # on every day
+        ("{% if tools is not none %}tools{% endif %}{{ documents is none }}", "True"),
+        ("{{ {'b': 'é<', 'a': [1]} | tojson }}", '{"b": "é<", "a": [1]}'),
+        ("{% for m in [1, 2, 3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}", "1"),
+        ("{{ pad_token }}{{ eos_token }}", "<pad></s>"),
+    ],
+)
+def test_a_template_gets_what_transformers_gives_it_and_no_date(template, expected):
+    specials = {"pad_token": "<pad>", "eos_token": "</s>"}
+    assert prompting.render(template, "x", specials) == expected
+
+
+def test_the_form_of_a_folder(tmp_path):
+    """Of a list of templates the default; a special token is a word, or has one."""
+    path = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    path.write_text(json.dumps({"chat_template": named, "eos_token": {"content": "</s>"}}))
+    (template, specials), again = prompting.read_form(tmp_path)
+    assert template == "b" and specials == again
+    assert specials == {"eos_token": "</s>", "bos_token": "", "pad_token": "", "unk_token": ""}
+    path.write_text(json.dumps({"chat_template": named[:1]}))
+    assert prompting.read_form(tmp_path)[0] is None
+    for wrong in {"id": 1}, 5:
+        path.write_text(json.dumps({"bos_token": wrong}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token is .*, no token"):
+            prompting.read_form(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dora", "reslora_input"])
+def test_a_run_of_a_relative_writes(run, kind, capsys):
+    folder, _ = run
+    m = tiny.model("llama", head="lm", dtype=torch.float32)
+    lora.inject(m, ("q_proj",), r=3, adapter=METHODS["adapter"][kind])
+    tiny.randomise([p for a in lora.adapters(m).values() for p in a.factors().values()], 1)
+    lora.save_adapter(m, folder)
+    flags = json.loads((folder / "config.json").read_text())["flags"] | {"adapter": kind}
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    assert program.main(["--run", str(folder), "ab", "--max-new-tokens", "6"]) == 0
+    said = capsys.readouterr().out
+    ids = torch.tensor([[2, 4 + 20, 4, 5]])
+    tokenizer = program.load(argparse_like(folder))[1]
+    assert said == tokenizer.decode(m.eval().generate(ids, 6)[0].tolist()) + "\n"
+
+
+def test_the_smallest_temperature_is_the_likeliest_token():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])
+    rng = torch.Generator().manual_seed(0)
+    assert generation.choose(logits, 1e-45, 1.0, rng).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('no system') }}", "the chat template fails: no system"),
@@ -299,6 +353,8 @@ def test_a_template_that_fails_is_one_line(template, message):
         (["--model", "m", "--no-adapter"], "--no-adapter needs --run"),
         (["--model", "m", "--num-beams", "2", "--temperature", "1"], "beams are not sampled"),
         (["--model", "m", "--length-penalty", "2"], "does nothing without --num-beams"),
+        (["--model", "m", "--num-beams", "-3"], "--num-beams is -3, allowed: 1 or more"),
+        (["--model", "m", "--seed", "7"], "--seed does nothing without --temperature"),
         (["--run", "nowhere"], "nowhere is no run folder"),
     ],
 )
@@ -306,3 +362,9 @@ def test_bad_flags_are_one_line(words, message, capsys):
     assert program.main(["a", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_prompt_that_is_no_utf_8_is_one_line(capsys):
+    assert program.main(["a\udcff", "--model", "m"]) == 2
+    said = capsys.readouterr().err
+    assert said == "generate.py: the prompt is no UTF-8: write it in that encoding\n"

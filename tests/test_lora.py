@@ -1,6 +1,9 @@
 """lora.py against dense matrices, closed forms and bit-for-bit round trips."""
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -309,6 +312,27 @@ def test_what_has_moved_stays_in_the_file_though_it_is_off_at_the_end(lazy, tmp_
     assert loaded[names[2]].r == 1
     batch = tiny.batch(m.config)
     torch.testing.assert_close(fresh(**batch).logits, m(**batch).logits, rtol=0, atol=1e-10)
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    """Also where there is more to say than of the modules."""
+    m = tiny.adapted("bert", shortcuts=("shortcut_sa",), shortcut_norm="reuse")
+    path, found = tmp_path / "adapter.safetensors", set()
+    for _ in range(12):
+        lora.save_adapter(m, tmp_path)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    fresh = tiny.model("bert", shortcut_norm="reuse")
+    lora.load_adapter(fresh, tmp_path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["adapters"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert about.pop("shortcut_norm") == "reuse"
+    before = {"adapters": json.dumps(about), "shortcut_norm": "reuse"}  # two keys, as once
+    safetensors.torch.save_file(tensors, path, before)
+    lora.load_adapter(tiny.model("bert", shortcut_norm="reuse"), tmp_path)
+    with pytest.raises(ValueError, match="trained with shortcut_norm 'reuse'"):
+        lora.load_adapter(tiny.model("bert"), tmp_path)
 
 
 def test_adapter_files_that_do_not_fit_leave_the_model_as_it_was(tmp_path):

@@ -11,11 +11,12 @@ import torch
 
 import lora
 import tiny
+import train
 from delta_lora import DeltaLoRA
 from support import checkpoint, run_folder
 from tools import plot, plot_block
 
-FLAGS = {"delta_ratio": 0.7, "delta_start": 1, "r": 3, "lora_alpha": 5}
+FLAGS = {"delta_ratio": 0.7, "delta_start": 1, "r": 3, "lora_alpha": 5, "when_off": "out"}
 STEPS = 6
 
 
@@ -64,6 +65,31 @@ def test_what_delta_lora_did_to_the_weights(tmp_path):
     for name, norms in changes.items():
         assert norms[:2] == [0, 0]  # K = 1: W first moves after step K + 2 = 3
         assert norms[-1] == pytest.approx(expected[name].norm().item())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--allocate dynamic --every 0.4 --keep 0.4",
+        "--allocate dynamic --every 0.4 --keep 0.4 --when-off frozen",
+        "--allocate dynamic --every 0.4 --budget-params 250 --per-rank yes",
+        "--allocate static --budget-params 250 --per-rank yes",
+    ],
+)
+def test_the_change_out_of_the_files_is_what_the_run_measured(words, tmp_path):
+    model, task, out = (tmp_path / name for name in ("model", "task", "run"))
+    tiny.bert_folder(model)
+    tiny.task_folder(task)
+    common = f"--task mrpc --data-dir {task} --model {model} --device cpu --out {out} --log-every 1"
+    delta = "--delta-ratio 2 --delta-start 0 --r 3 --shortcuts none --targets q_proj,v_proj,fc1"
+    rest = "--batch-size 5 --epochs 2 --lr 0.03"
+    assert train.main(f"{common} {delta} {rest} {words}".split()) == 0
+    found = plot.factored_change(out, run_folder.read_config(out))
+    _, norms = plot.weight_changes(out)
+    for name, (left, right) in found.items():
+        norm = plot.singular_values(left, right).norm().item()
+        assert norm == pytest.approx(norms[name][-1], rel=1e-4, abs=1e-6), name
+    assert sum(values[-1] > 0 for values in norms.values()) > 2
 
 
 def test_the_picture_of_a_delta_lora_run(tmp_path, capsys):

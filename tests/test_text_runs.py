@@ -221,7 +221,11 @@ def test_a_model_as_it_is_is_evaluated_without_a_run(flags, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "task" / "trainset.csv").unlink()
     before = sorted(tmp_path.rglob("*"))
-    words = [w for w in flags if w not in ("--r", "2")]
+    assert train.main([*flags, "--eval-only"]) == 2
+    assert "--r does nothing with --eval-only: no run, and nothing" in capsys.readouterr().err
+    trains = ("--r", "--batch-size", "--lr", "--log-every")
+    given = [(f, v) for f, v in zip(flags[::2], flags[1::2], strict=True) if f not in trains]
+    words = [word for pair in given for word in pair]
     assert train.main([*words, "--eval-only", "--eval-records", "2"]) == 0
     printed = capsys.readouterr().out
     model, _ = load_pretrained(words[words.index("--model") + 1], head="lm")

@@ -118,6 +118,7 @@ BROKEN = [  # task, {file: content}, what is said
     ("describe", {"train.jsonl": MR.replace('["b"]', "[]")}, r"no references: a record needs one"),
     ("describe", {"train.jsonl": MR.replace('["b"]', '["b", 3]')}, r"3 where a text is expected"),
     ("describe", {"train.jsonl": MR.replace('"b"', r'"b\u0000"')}, r"a NUL character in the text"),
+    ("describe", {"train.jsonl": MR.replace('"b"', r'"hi \ud83d"')}, r"half a character"),
     ("describe", {"train.jsonl": MR.replace('"a"', '" "')}, r"train.jsonl:1: no mr: nothing is"),
     ("describe", {"train.jsonl": "\n"}, r"train.jsonl has no records"),
     ("describe", {"train.jsonl": MR}, r"has no dev.jsonl: task describe needs it"),

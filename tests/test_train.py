@@ -323,6 +323,23 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert all(p.isfinite().all() for p in state["parameters"].values())
 
 
+def test_a_parameter_that_the_last_step_breaks_is_noticed(flags, tmp_path, monkeypatch, capsys):
+    """No loss comes after it that would be no number."""
+    out, step = tmp_path / "run", train.train_step
+
+    def poisoned(run, group, lr):
+        loss = step(run, group, lr)
+        if run.step == 9:  # the last of two epochs of five steps
+            with torch.no_grad():
+                next(iter(lora.adapters(run.model).values())).lora_A[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.main([*flags, "--out", str(out)]) == 1
+    assert "step 10 has made a parameter that is not a number" in capsys.readouterr().err
+    assert weights(out)["position"]["step"] == 5 and not (out / "adapter.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

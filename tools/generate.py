@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
 from model import load_pretrained  # noqa: E402
+from relatives import METHODS  # noqa: E402
 from support import download, generation, prompts, run_folder, seeds, texts  # noqa: E402
 
 
@@ -33,7 +34,8 @@ def load(args):
     how = {key: flags[key] for key in ("shortcut_norm", "base_dtype") if key in flags}
     model, tokenizer = load_pretrained(name, head="lm", **how)
     if args.run and not args.no_adapter:
-        lora.load_adapter(model, args.run)
+        kind = METHODS["adapter"].get(flags.get("adapter"), lora.LoRALayer)
+        lora.load_adapter(model, args.run, adapter=kind)
     form, specials = prompts.read_form(download.model_folder(name))
     ends = prompts.ends_of(tokenizer, model.config.eos_token_ids, specials)
     return model.eval(), tokenizer, form, ends, flags.get("task")
@@ -79,7 +81,7 @@ def write(args):
         how = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
         print(tokenizer.decode(model.generate(prompt, limit, **how)[0].tolist()))
         return
-    rng = seeds.generator(args.seed, "generation") if args.temperature else None
+    rng = seeds.generator(args.seed or 0, "generation") if args.temperature else None
     new = generation.stream(model, prompt, limit, None, args.temperature, args.top_p, generator=rng)
     for piece in pieces(tokenizer, new):
         print(piece, end="", flush=True)
@@ -100,13 +102,19 @@ def main(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=100, help="default 100")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="the nucleus, default 1 = all")
-    parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
+    parser.add_argument("--seed", type=int, help="of what is sampled, default 0")
     parser.add_argument("--num-beams", type=int, default=1, help="more than 1: beam search")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams, default 1")
     args = parser.parse_args(argv)
     try:
         if args.no_adapter and not args.run:
             raise ValueError("--no-adapter needs --run DIR: --model has no adapter")
+        if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+            raise ValueError("the prompt is no UTF-8: write it in that encoding")
+        if args.num_beams < 1:
+            raise ValueError(f"--num-beams is {args.num_beams}, allowed: 1 or more")
+        if args.seed is not None and not args.temperature:
+            raise ValueError("--seed does nothing without --temperature: nothing is sampled")
         if args.num_beams != 1 and (args.temperature or args.top_p != 1):
             raise ValueError("--num-beams beside --temperature or --top-p: beams are not sampled")
         if args.num_beams == 1 and args.length_penalty != 1:

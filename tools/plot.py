@@ -143,7 +143,8 @@ def weight_changes(folder):
 def factored_change(folder, flags):
     """{module: (left (out, k), right (k, in))} in float64, left right = W_T - W_0.
 
-    left right = [B', -s B_T] [A'; A_T], without the second term for a module that ended off.
+    left right = [B', -s B_T] [A'; A_T]; the second term is what the branch adds itself: the ranks
+    that are on at the end, of a module that is off and frozen all of them, of one that is out none.
 
     Raises:
         OSError, ValueError: the run is not finished, or a file is damaged.
@@ -157,8 +158,12 @@ def factored_change(folder, flags):
     for name in state["delta"]["ended"]:  # the modules with a weight that can move
         pair = (f"{name}.lora_A", f"{name}.lora_B")
         A, B = (adapter[key].double() for key in pair)  # (R, in), (out, R), scale 1
-        if state["on"][name]:
+        frozen = flags["when_off"] == "frozen"
+        if state["on"][name] or frozen:
             now_A, now_B = (state["parameters"][key].double() for key in pair)
+            off = [] if frozen else state["ranks_off"].get(name, [])
+            ranks = [k for k in range(len(now_A)) if k not in off]
+            now_A, now_B = now_A[ranks], now_B[:, ranks]
             A = torch.cat([A, now_A])  # (R + r, in)
             B = torch.cat([B, -flags["lora_alpha"] / flags["r"] * now_B], 1)  # (out, R + r)
         found[name] = (B, A)
