@@ -222,11 +222,15 @@ def test_bad_input_is_said_once_by_the_first_process(argv, tmp_path, capfd):
     (tmp_path / "filled").mkdir()
     (tmp_path / "filled" / "notes").write_text("mine")
 
+    ports = [str(free_port()) for _ in "ab"]  # a group that ends may still hold its own
+
     def codes():
         filled = train.main([*argv, "--out", str(tmp_path / "filled")])
         left = dist.is_initialized()  # main leaves the group that it joined
+        os.environ["MASTER_PORT"] = ports[0]
         distributed.start()
         wrong = train.main([*argv, "--no-such-flag"])
+        os.environ["MASTER_PORT"] = ports[1]
         distributed.start()
         return filled, wrong, left
 
