@@ -222,7 +222,7 @@ def test_bad_input_is_said_once_by_the_first_process(argv, tmp_path, capfd):
     (tmp_path / "filled").mkdir()
     (tmp_path / "filled" / "notes").write_text("mine")
 
-    ports = [str(free_port()) for _ in "ab"]  # a group that ends may still hold its own
+    ports = [str(free_port() + i) for i in (1, 2)]  # a group that ends may still hold its own
 
     def codes():
         filled = train.main([*argv, "--out", str(tmp_path / "filled")])
