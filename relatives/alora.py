@@ -16,8 +16,8 @@ modules. So there are r times the modules at all times.
 deviates: importance is measured on the first examples of the training set (--score-batches), where
 the paper takes a batch for validation: no choice looks at those. A module holds 2 r ranks at most
 (or min(in, out), if that is less); where the modules that lost none have less room than n, fewer
-are pruned. Shortcuts take part with r places: they lose ranks, and grow only what
-they lost. No code was published.
+are pruned. Shortcuts take part with r places: they lose ranks, and grow only what they lost. No
+code was published.
 
 What this file does not do: weigh what a rank costs, in + out: it counts as 1.
 """

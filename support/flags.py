@@ -287,25 +287,25 @@ def parse_flags(argv, task_of=None):
         args = {**defaults(task), **PRESETS.get(given["preset"], {}), **given}
         if given["eval_only"] and tasks.TASKS[args["task"]].head != "lm":
             raise ValueError("--eval-only needs --resume DIR, the run to evaluate")
-        if given["eval_only"]:
-            refuse_training_flags(given)
+        beside = given_beside(given, MEASURING) if given["eval_only"] else None
+        if beside:
+            raise ValueError(f"{beside} does nothing with --eval-only: no run, and nothing trains")
         refuse_conflicts(given, args)
         return types.SimpleNamespace(**args)
-    for name in given:
-        if name not in RESUMABLE and given[name]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} cannot be changed by --resume: a run keeps its flags"
-            )
+    beside = given_beside(given, RESUMABLE)
+    if beside:
+        raise ValueError(f"{beside} cannot be changed by --resume: a run keeps its flags")
     stored = stored_flags(given["resume"])
     return types.SimpleNamespace(**{**stored, **given, "test": given["test"] or stored["test"]})
 
 
-def refuse_training_flags(given):
-    """Raises ValueError where a flag is given that does nothing to a model that is measured."""
-    for name, value in given.items():
-        if name not in MEASURING and value not in (None, False):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} does nothing with --eval-only: no run, and nothing trains")
+def given_beside(given, allowed):
+    """The first flag that is given and not among those that are allowed, as it is written; or None.
+
+    A flag of 0, or of nothing, is given; False and None are those of --test, --preset and the like.
+    """
+    names = (n for n, v in given.items() if n not in allowed and v is not None and v is not False)
+    return next((f"--{name.replace('_', '-')}" for name in names), None)
 
 
 def defaults(task=None):

@@ -61,9 +61,10 @@ def render(template, prompt, specials):
         raise ValueError(f"the chat template fails: {one_line(error)}") from error
 
 
-def to_json(value, indent=None):
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """As transformers' templates have it: characters as they are, keys in their order."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 def ends_of(tokenizer, eos_token_ids, specials):

@@ -254,7 +254,7 @@ def read_record(where, row, columns, target):
             raise ValueError(f"{where}: {shown(part)} where a text is expected")
         if "\0" in part:
             raise ValueError(f"{where}: a NUL character in the text {shown(part)}")
-        if any("\ud800" <= c <= "\udfff" for c in part):
+        if has_half_a_character(part):
             raise ValueError(f"{where}: half a character (a lone surrogate) in {shown(part)}")
     if not targets:
         raise ValueError(f"{where}: no {target}: a record needs one at least")
@@ -262,6 +262,11 @@ def read_record(where, row, columns, target):
     if columns and not prompt:
         raise ValueError(f"{where}: no {columns[0]}: nothing is asked")
     return Record(prompt, [text.strip() for text in targets] if columns else targets)
+
+
+def has_half_a_character(text):
+    """Whether a lone surrogate is in it: half of a cut \\ud83d, or a byte that is no UTF-8."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_rows(path, columns):

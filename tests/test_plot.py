@@ -16,7 +16,7 @@ from delta_lora import DeltaLoRA
 from support import checkpoint, run_folder
 from tools import plot, plot_block
 
-FLAGS = {"delta_ratio": 0.7, "delta_start": 1, "r": 3, "lora_alpha": 5, "when_off": "out"}
+FLAGS = {"delta_ratio": 0.7, "delta_start": 1, "r": 3, "lora_alpha": 5}
 STEPS = 6
 
 

@@ -323,6 +323,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert all(p.isfinite().all() for p in state["parameters"].values())
 
 
+@pytest.mark.parametrize(
+    "flag", ["--clip 0", "--seed 0", "--weight-decay 0", "--targets none", "--lr 1"]
+)
+def test_a_flag_of_nothing_is_a_flag_that_is_given(flag):
+    name = flag.split()[0]
+    with pytest.raises(ValueError, match=f"{name} cannot be changed by --resume"):
+        flags_of(["--resume", "nowhere", *flag.split()])
+    if name != "--seed":  # it draws a head that is fresh
+        with pytest.raises(ValueError, match=f"{name} does nothing with --eval-only"):
+            flags_of(["--eval-only", "--task", "describe", *flag.split()])
+
+
 def test_a_parameter_that_the_last_step_breaks_is_noticed(flags, tmp_path, monkeypatch, capsys):
     """No loss comes after it that would be no number."""
     out, step = tmp_path / "run", train.train_step

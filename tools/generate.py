@@ -109,7 +109,7 @@ def main(argv=None):
     try:
         if args.no_adapter and not args.run:
             raise ValueError("--no-adapter needs --run DIR: --model has no adapter")
-        if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        if texts.has_half_a_character(args.prompt):
             raise ValueError("the prompt is no UTF-8: write it in that encoding")
         if args.num_beams < 1:
             raise ValueError(f"--num-beams is {args.num_beams}, allowed: 1 or more")

@@ -158,7 +158,7 @@ def factored_change(folder, flags):
     for name in state["delta"]["ended"]:  # the modules with a weight that can move
         pair = (f"{name}.lora_A", f"{name}.lora_B")
         A, B = (adapter[key].double() for key in pair)  # (R, in), (out, R), scale 1
-        frozen = flags["when_off"] == "frozen"
+        frozen = flags.get("when_off") == "frozen"
         if state["on"][name] or frozen:
             now_A, now_B = (state["parameters"][key].double() for key in pair)
             off = [] if frozen else state["ranks_off"].get(name, [])

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import lora
 import tiny
 from causal_models import CASES, build_pair, in_float64
 from model import load_pretrained
-from support import download, hf_folder
+from support import download, hf_folder, prompts
 from test_gguf import write_gguf
 
 SHAPES = [(9, 4, 6), (50, 33, 1 + 1), (7, 7), (61,)]
@@ -145,3 +146,22 @@ def test_smollm2_q4_on_its_real_weights(tmp_path):
         expected = peer.generate(ids, max_new_tokens=16, do_sample=False, **more)[:, ids.shape[1] :]
         assert ours.generate(ids, 16, **more).tolist() == expected.tolist()
     assert tokenizer.decode(expected[0].tolist()).startswith(" Paris")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}\n    {{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% if tools is not none %}tools{% endif %}{% if documents is none %}x{% endif %}",
+        "{{ messages | tojson }} {{ {'b': 'é<', 'a': None} | tojson(indent=2) }}",
+        "{% for m in [1, 2, 3] %}{% if m == 2 %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}{{ eos_token }}",
+    ],
+)
+def test_chat_templates_are_rendered_as_by_transformers(template):
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+    messages = [{"role": "user", "content": "é & <b>"}]
+    (theirs,), _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, **specials
+    )
+    assert prompts.render(template, "é & <b>", specials) == theirs
