@@ -416,9 +416,17 @@ def test_ctrl_c_before_there_is_a_run_is_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_needs_no_git(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert run_folder.versions()["git"] is None
+def test_a_run_says_its_commit_and_needs_no_git(tmp_path, monkeypatch):
+    """A git that knows the commit; one that stands outside a repository; none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for script, said in (("echo c0ffee", "c0ffee"), ("echo no >&2; exit 128", None), (None, None)):
+        program = tmp_path / "git"
+        if script:
+            program.write_text(f"#!/bin/sh\n{script}\n")
+            program.chmod(0o755)
+        else:
+            program.unlink()
+        assert run_folder.versions()["git"] == said
 
 
 def test_control_characters_of_a_file_reach_no_terminal(tmp_path, capsys):
