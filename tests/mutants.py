@@ -343,7 +343,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/dora.py", "            v = self.weight() + self.scaling * (B @ A)  # (out, in)\n", "            v = self.weight()\n", "the norm is of W alone", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
     ("relatives/dora.py", "(*large.wide(base.weight)).norm(dim=1)", "(*large.wide(base.weight)).square().sum(1)", "the magnitude starts at the norm squared", f"{RELATIVES1}::test_at_the_start_the_model_is_the_pretrained_one"),
     ("relatives/dora.py", "wx = h if self.base.bias is None else h - self.base.bias", "wx = h", "the bias is scaled as well", f"{RELATIVES1}::test_logits_gradients_and_scores_equal_the_dense_definition"),
-    ("relatives/dora.py", "wx = F.linear(x, self.base.weight)  # (b, t, out)", "wx = h - self.base.bias", "the base term without dropout", f"{RELATIVES1}::test_dora_dropout_is_on_all_that_is_added"),
+    ("relatives/dora.py", "wx = F.linear(x, self.base.weight)  # (b, t, out)", "wx = h - self.base.bias", "the base term without dropout", f"{RELATIVES1}::test_dropout_is_on_all_that_is_added"),
     ("relatives/dora.py", "return self.weight_before_merge if self.merged else self.base.weight", "return self.base.weight", "delta_w of the merged weight", f"{RELATIVES1}::test_merged_it_computes_the_same_and_comes_back_bit_for_bit"),
     ("relatives/asymmetry.py", "A = q.T.contiguous().to(self.lora_A)", "A = self.lora_A.detach()", "A as LoRA draws it", f"{RELATIVES1}::test_asymmetry_is_a_linear_model_in_b"),
     ("relatives/asymmetry.py", 'return {"lora_B": self.lora_B}', 'return {"lora_A": self.lora_A, "lora_B": self.lora_B}', "A trains too", f"{RELATIVES1}::test_parameters_are_counted_exactly"),
