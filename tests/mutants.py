@@ -277,7 +277,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/peft/reading.py", "        if shape != wanted:", "        if shape[0] != wanted[0]:", "a wrong input width passes", f"{PEFT}::test_only_the_input_width_is_wrong"),
     ("tools/peft/commands.py", "problems += reading.fit(config, pairs, head, model)[2]", "reading.fit(config, pairs, head, model)", "inspect looks away from the model", f"{PEFT}::test_a_folder_for_another_model"),
     ("tools/plot.py", "-flags[\"lora_alpha\"] / flags[\"r\"] * now_B", "-now_B", "the change of W with B A of scale 1 taken off", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
-    ("tools/plot.py", "if state[\"on\"][name]:", "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
+    ("tools/plot.py", 'if state["on"][name] or frozen:', "if True:", "the pair of a module that is off taken off W", "test_plot.py::test_what_delta_lora_did_to_the_weights"),
     ("tools/bench/timing.py", "for name in arms if i else ():", "for name in arms:", "the round that warms up is counted", "test_bench.py::test_arms_take_turns_and_the_first_round_is_not_counted"),
     ("tools/words_alone.py", "(word not in a & b)", "(word in a & b)", "shared words and others exchanged", "test_words_alone.py::test_features_by_hand"),
     ('tools/oracle/check.py', 'largest = expected.abs().max().item() or 1.0', 'largest = 1e6', "errors look small", f"{ORACLE}::test_errors_between_results"),

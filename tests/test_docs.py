@@ -5,6 +5,7 @@
     a command in a code block, or in a head              parses, without being run
     a link, a picture                                    leads somewhere
     a number that can be counted, a version              is what it is
+    a wrong variant of tests/mutants.py                  fits the code, and names a test
     the size guides                                      hold
     a table of a study                                   is what the report of its lines says
 
@@ -544,20 +545,39 @@ def test_the_readme_is_short_and_no_page_is_wide():
     none(wrong)
 
 
+@functools.cache
+def mutants():
+    """[(file, old, new, what is wrong, test)] of tests/mutants.py, read and not imported."""
+    body, plain = [], (ast.Constant, ast.Tuple, ast.List)
+    for node in tree(ROOT / "tests" / "mutants.py").body:
+        named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name | ast.Tuple)
+        body += [node] * (named and isinstance(node.value, plain))
+    space = {}
+    exec(compile(ast.Module(body, []), "mutants.py", "exec"), space)
+    return space["MUTANTS"]
+
+
+def test_every_wrong_variant_fits_the_code_and_names_a_test():
+    wrong = []
+    for file, old, _, what, where in mutants():
+        test, _, function = where.partition("::")
+        path = ROOT / "tests" / test
+        if (ROOT / file).read_text().count(old) != 1:
+            wrong.append(f"{file}: {what}: the line is not there, or twice")
+        if not path.is_file() or (function and not defines(path, function)):
+            wrong.append(f"{file}: {what}: no test {where}")
+    none(wrong)
+
+
 def counted():
     """{words after a number: what that number is}."""
-    mutants = next(
-        node.value
-        for node in tree(ROOT / "tests" / "mutants.py").body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MUTANTS"
-    )
     proxies = next(
         node.value
         for node in tree(ROOT / "proxies.py").body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROXIES"
     )
     return {
-        "wrong variants": len(mutants.elts),
+        "wrong variants": len(mutants()),
         "golden cases": len(list((ROOT / "tests" / "golden").glob("*.json"))),
         "proxies": len(proxies.keys),
         "tasks of GLUE": 9,
