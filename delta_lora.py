@@ -15,8 +15,8 @@ When W moves. Algorithm 1 counts t from 0 and asks for t > K, strictly. So with 
 moves first after optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), where P(n) is B A after
 n steps. start=-1 moves it from the first step on.
 
-What it comes to. The changes telescope: after T steps W_T - W_0 = lambda s (P_T - P_{K+1}). The
-effective weight is therefore W_0 + (1 + lambda) s P_T - lambda s P_{K+1}: W_0 plus a matrix of rank
+What it comes to. The changes telescope: after T steps W_T - W_0 = lambda s (P(T) - P(K+1)). The
+effective weight is therefore W_0 + (1 + lambda) s P(T) - lambda s P(K+1): W_0 plus a matrix of rank
 2r at most (r with start=-1). That is an ordinary LoRA adapter, and export() returns it. Whatever
 the path, the total update is not "high-rank".
 

@@ -118,7 +118,7 @@ class LoRALayer(nn.Module):
         return self.enabled or self.when_off == "frozen"
 
     def branch(self):
-        """(A, B) as the forward pass takes them; what is off, and stays in, gets no gradient."""
+        """(A, B), also of what is out of the forward pass; what is off gets no gradient."""
         A, B = self.lora_A, self.lora_B
         if not self.enabled:
             return A.detach(), B.detach()
@@ -128,15 +128,14 @@ class LoRALayer(nn.Module):
         """(…, in) -> (…, out)."""
         if self.merged or not self.in_forward:
             return self.base(x)
-        # h = base(x) + scaling * B (A dropout(x)); off and frozen: A and B held constant
         A, B = self.branch()
-        h = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
-        h = F.linear(h, A)  # (b, t, r)
-        # The scale sits on the small factor: (out, r) numbers instead of (b, t, out).
-        return self.base(x) + F.linear(h, self.scaling * B)  # (b, t, out)
+        dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+        down = F.linear(dropped, A)  # (…, r)
+        # h = base(x) + scaling * B (A dropout(x)); the scale on B: (out, r) numbers, not (…, out)
+        return self.base(x) + F.linear(down, self.scaling * B)  # (…, out)
 
     def delta_w(self):
-        """What the branch adds to the weight, (out, in)."""
+        """What the branch adds to the weight where it is in the forward pass, (out, in)."""
         # ΔW = scaling * B A
         A, B = self.branch()
         return self.scaling * (B @ A)  # (out, in)

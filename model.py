@@ -253,7 +253,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, previous_ffn_input, key_mask, read=None, turned=None, cache=None):
-        """One layer. R_1, R_2 are the residuals (identity), S_sa, S_ffn the shortcuts (absent).
+        """One layer. R: the residuals (identity); S: the cross-layer shortcuts (absent).
 
         Args:
             x: (b, t, d), the residual stream.
@@ -290,19 +290,19 @@ class Block(nn.Module):
 
         # pre-LN:  x = R_2 x + FFN(LN x) + S_sa z      z: this block's SA input
         # post-LN: x = LN(R_2 x + FFN(x)) + S_sa z
-        h = self.feed_forward(self.ffn_norm(x) if pre_ln else x)  # (b, t, d)
+        h = self.feed_forward(self.ffn_norm(x) if pre_ln else x)  # (b, 1 or t, d)
         x = self.residual_2(ffn_input) + self.drop(h)
         x = x if pre_ln else self.ffn_norm(x)
         x = self.add_shortcut(x, self.shortcut_sa, sa_input, self.ffn_norm)
         return x, ffn_input
 
     def feed_forward(self, x):
-        """(b, t, d) -> (b, t, d), with a gate where the family has one."""
+        """(b, 1 or t, d) -> the same, with a gate where the family has one."""
         act = ACTIVATIONS[self.config.activation]
         # FFN(x) = W_fc2 act(W_fc1 x + b) + b, or W_fc2 (act(W_gate x) * W_fc1 x)
-        h = self.fc1(x)  # (b, t, ffn_dim)
+        h = self.fc1(x)  # (b, 1 or t, ffn_dim)
         h = act(h) if self.gate_proj is None else act(self.gate_proj(x)) * h
-        return self.fc2(h)  # (b, t, d)
+        return self.fc2(h)  # (b, 1 or t, d)
 
     def attention(self, queries, x, key_mask, causal, turns=(None, None), cache=None):
         """Every head for itself, then side by side: (b, 1 or t, d), (b, t, d) -> (b, 1 or t, d).
@@ -455,8 +455,8 @@ class Transformer(nn.Module):
         """All blocks: (b, t, d) -> (b, t, embed_dim), or (b, 1, embed_dim) at the read positions.
 
         The last block is computed only where the head reads it; every other block everywhere, since
-        all tokens are its successor's keys and values. A module in it that adds what the block
-        before received has to see every token too.
+        all tokens are its successor's keys and values. A module with every_token
+        (relatives/reslora.py) has to see them in the last block too.
 
         Args:
             x: (b, t, d). read: (b,), or None.

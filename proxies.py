@@ -1,9 +1,10 @@
-"""Zero-cost proxies: how much does each low-rank module matter? (arXiv 2406.14956; zero-cost-nas)
+"""Zero-cost proxies: how much does each low-rank module matter? (arXiv 2406.14956)
 
-Each proxy is one function (model, batches) -> {name: score}; larger = keep. Modules and shortcuts
-are scored alike and in one pass, all of them switched on. L is the mean loss over all scored
-examples, so a score does not depend on how they were cut into batches. Of several processes each
-takes its share of the batches; gradients and counts are summed (support/distributed.py).
+Each proxy is one function (model, batches) -> {name: score}; larger = keep. All modules, those on
+shortcuts among them, are scored alike and in one pass, with all of them switched on. L is the mean
+loss over all scored examples, so a score does not depend on how they were cut into batches. Of
+several processes each takes its share of the batches; gradients and counts are summed
+(support/distributed.py).
 
     proxy          | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
     constant       | 1                                                         | 1
@@ -12,7 +13,7 @@ takes its share of the batches; gradients and counts are summed (support/distrib
     synflow        | sum |A o dR/dA| + sum |B o dR/dB|, R: see synflow below   | exactly 0
     grasp          | sum A o (H g)_A + sum B o (H g)_B                         | ||dL/dB||_F^2
     fisher         | 1/2 mean_n sum_k (A_k . dL_n/dA_k)^2                      | exactly 0
-    alpha_test     | 10 x the smallest a at which a s B A keeps the accuracy   | exactly 0
+    alpha_test     | 10 x the smallest a with which (a s) B A keeps accuracy   | exactly 0
     grad_norm_slot | ||G||_F                                                   | the same
     snip_slot      | sum |W o G|                                               | the same
 
@@ -182,11 +183,11 @@ def constant(model, batches):
 
 
 def grad_norm(model, batches):
-    """GRAD-NORM, the proxy that HeteroLoRA settles on (arXiv 2406.14956; dyrealloc_callback.py).
+    """GRAD-NORM, the proxy that HeteroLoRA settles on (arXiv 2406.14956; its released code).
 
     The sum of the two norms, not the norm of both together, as released. At B = 0 the first is 0
-    and the second ||s G A^T||_F. It grows with s, so modules with alpha 16 are favoured over
-    shortcuts with alpha 4 by that factor.
+    and the second ||s G A^T||_F. It grows with s, so LoRA modules with alpha 16 are favoured
+    over shortcuts with alpha 4 by that factor.
     """
     scores = {}
     for name, found in factor_gradients(model, batches).items():
@@ -337,7 +338,10 @@ def accuracy(model, batches):
 
 
 def smallest_alpha(measure, least):
-    """Binary search for the smallest a in 0 … 10 with measure(a / 10) >= least, as released."""
+    """Binary search for the smallest a in 0 … 10 with measure(a / 10) >= least, as released.
+
+    It is the smallest where measure rises with a; accuracy need not, and the search does not look.
+    """
     low, high = 0, 10
     while low < high:
         middle = (low + high) // 2
@@ -442,7 +446,8 @@ def synflow_released(model, batches):
     those of the first batch; the loss stands for R. At B = 0: exactly 0.
 
     deviates: reads the last real token (BERT: the first), where the released code, given embeddings
-    instead of ids, reads position -1, mostly padding.
+    instead of ids, reads position -1, mostly padding; and batches[0] of train.py has the shortest
+    of the scored examples, that of the released code the first of the training set.
     """
     batch = {k: v for k, v in batches[0].items() if k != "input_ids"}
     weight = model.word_embeddings.weight

@@ -1,13 +1,14 @@
 """Train HeteroLoRA (arXiv 2406.14956), Delta-LoRA (2309.02411) or LoRA: python train.py
 
-Reads in the order of time: set-up, a decision, the loop, evaluation, the run.
+Reads in the order of time: set-up, a decision, the loop, the run.
 
     word       | meaning
     step       | one optimizer step, over --accumulate batches of --batch-size examples
     loss       | mean over the examples of a step, whatever batches they came in; of text tasks over
                | all predicted tokens
     decision   | which modules are on: score, choose, switch; before a step, never inside one
-    position   | epoch, the number of finished ones; step_in_epoch; step, the number in all
+    position   | epoch, the number of finished ones; step_in_epoch; step, of all epochs
+    plan       | allocate.Reallocator, of HeteroLoRA; an allocator is that of a relative
 
 A run folder (support/run_folder.py) holds all that is needed to go on after an interruption, to the
 same bits. Under torchrun every process takes its share of each batch (support/distributed.py).
@@ -121,7 +122,7 @@ def decide(run):
     try:
         if args.per_rank == "yes":
             single_ranks.decide(model, run.plan, args.proxy, batches, run.step, run.epoch)
-            if not run.ranks:  # they shrank, before step 1: nothing to carry over
+            if not run.ranks:  # static: A and B are new, smaller ones
                 run.optimizer = make_optimizer(model, args)
         else:
             scores = score(run, batches)
@@ -145,7 +146,7 @@ def score(run, batches):
 def score_batches(run):
     """The first examples of the training set, the same every time, cut into batches by length.
 
-    Scores do not depend on the cut, and less of the work is padding.
+    No score but synflow_released's depends on the cut, and less of the work is padding.
     """
     examples = run.train[: run.args.score_batches * run.args.batch_size]
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))

@@ -18,8 +18,10 @@ can return. At T - t_f the choice is final, and is applied after every step.
     warmup      | t_i       | a sixth of the steps, T
     last        | T - t_f   | when half of the steps are left
 
-w dL/dw is of before the step, as in the paper; the published code takes the new w with the old
-gradient. deviates: the mask of the published code drops every triplet of a tie.
+w dL/dw is of before the step, as in the paper, and I and U follow up to the last choice; the
+published code takes the new w with the old gradient, and stops one step before. deviates: the mask
+of the published code drops every triplet of a tie; and the penalty is not clipped by --clip, where
+the paper's is a term of the loss (triplets.py).
 
 What this file does not do: shortcuts, which keep all their ranks; costs: a rank counts as 1.
 """

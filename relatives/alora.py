@@ -3,21 +3,24 @@
     ΔW = alpha / r * B diag(a) A,      gates a of 0 or 1
     IS(k) = S(M) - S(M without k) + S(M with k alone),      S = -loss      (exchange.py)
 
-After the first epoch, and then every `interval` steps, ROUNDS times in all: of all ranks the n that
-matter least are pruned, and n new ones (A Gaussian, B zero) are given to the modules that lost
+After the first epoch, and then every `interval` steps, ROUNDS times at most: of all ranks the n
+that matter least are pruned, and n new ones (A Gaussian, B zero) are given to the modules that lost
 none, one each in the order of their mean importance, until all are given. n is the number of
-modules. So there are r times the modules at all times.
+modules. So there are r times the modules at all times. What is new trains for `interval` steps at
+least: where fewer are left, there is no round any more.
 
     name      | symbol | meaning
     ranks_off | a = 0  | of a module (lora.py): no part in the forward pass, no step, no decay
     places    |        | a module has 2 r of them, r gates are open at first
     forget    |        | drops the optimizer's moments: a new rank starts without any
 
-deviates: importance is measured on the first examples of the training set (--score-batches), where
-the paper takes a batch for validation: no choice looks at those. A module holds 2 r ranks at most
-(or min(in, out), if that is less); where the modules that lost none have less room than n, fewer
-are pruned. Shortcuts take part with r places: they lose ranks, and grow only what they lost. No
-code was published.
+deviates: the budget stays, where the paper prunes n in any case, and adds only if some module lost
+none: what trains at once is what the arms of a comparison share. So where those modules have less
+room than n, fewer are pruned; a module holds 2 r ranks at most (or min(in, out), if that is less).
+Importance is measured on the first examples of the training set (--score-batches), where the paper
+takes a batch for validation: no choice looks at those. The paper's interval is a quarter of an
+epoch (here --every), and its n may be meant of one block. Shortcuts take part with r places: they
+lose ranks, and grow only what they lost. No code was published.
 
 What this file does not do: weigh what a rank costs, in + out: it counts as 1.
 """
@@ -56,7 +59,7 @@ class ALoRA:
         rest: what other allocators take.
 
     Raises:
-        ValueError: the run ends before the first round.
+        ValueError: what the first round brings could not train for `interval` steps.
     """
 
     adapter, single_ranks = ALoRALayer, True
@@ -64,10 +67,11 @@ class ALoRA:
     def __init__(
         self, model, *, steps, per_epoch, interval, batches, generator, parts, forget, **rest
     ):
-        if steps <= per_epoch:
+        if steps < per_epoch + interval:
             raise ValueError("--allocate alora moves ranks after the first epoch: give --epochs 2")
         self.model, self.layers = model, lora.adapters(model)
         self.per_epoch, self.interval, self.t = per_epoch, interval, 0
+        self.last = steps - interval  # a round after this step is the last that can be
         self.batches, self.generator, self.parts, self.forget = batches, generator, parts, forget
 
     def before_step(self):
@@ -77,7 +81,8 @@ class ALoRA:
         """One round, where it is due."""
         self.t += 1
         since = self.t - self.per_epoch
-        if since >= 0 and since % self.interval == 0 and since // self.interval < ROUNDS:
+        due = since >= 0 and since % self.interval == 0 and since // self.interval < ROUNDS
+        if due and self.t <= self.last:
             self.round()
 
     @torch.no_grad()

@@ -49,6 +49,7 @@ class CondLoRA(LoRALayer):
 
     def branch(self):
         W = self.weight_before_merge if self.merged else self.base.weight.detach()  # (n, n)
+        W = W.to(self.lora_A.dtype)  # of a base in bfloat16
         # A = (W Theta_A^T)^T,  B = W Theta_B^T:  ΔW = s W Theta_B^T Theta_A W^T
         A, B = F.linear(self.lora_A, W), W @ self.lora_B  # (r, n), (n, r)
         return (A, B) if self.enabled else (A.detach(), B.detach())

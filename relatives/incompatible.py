@@ -66,6 +66,7 @@ INCOMPATIBLE = {  # method -> flag (other than its default), or flag and value -
         **NO_PAIR,
         "--optimizer loraplus": "B is made from W, and it is B's rate that the rule is about",
         "--delta-ratio": "A and B are made from W, which has to stand still",
+        "--shard yes": "A and B are made from W, which no process has whole",
     },
     "cora": {
         **NO_PAIR,

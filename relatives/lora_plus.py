@@ -28,7 +28,7 @@ def optimizer(model, lr, weight_decay, ratio=16):
     """
     slow, fast = {}, {}
     for name, parameter in lora.trainable(model).items():
-        (fast if name.endswith(".lora_B") else slow)[name] = parameter
+        (fast if ".lora_B" in name else slow)[name] = parameter  # PRoLoRA has two parts of B
     groups = [  # with names: a checkpoint knows by them which is which
         {"params": list(slow.items())},
         # eta_B = rho eta_A

@@ -12,7 +12,8 @@ Renduchintala, Konuk, Kuchaiev: Tied-LoRA (arXiv 2311.09578), the variant in whi
 Trainable parameters for a W of m x n in L blocks: r (m + n) once, and L (r + m).
 
 What is shared trains while one of its modules is on, and gets the sum of their gradients. A module
-that is off leaves the forward pass and its u and v wait. grad_norm and snip score a module by u, v
+that is off leaves the forward pass and its u and v wait; they are counted as stored once B has
+learned, also where they are ones still. grad_norm and snip score a module by u, v
 and the whole gradient of A and B, which is the same for all that share them: what tells blocks
 apart is u and v.
 

@@ -226,7 +226,7 @@ GRAD_NORM = {"r": 8, "allocate": "dynamic", "proxy": "grad_norm", "keep": 0.25, 
 PRESETS = {
     "lora": LORA,  # plain LoRA, every module on
     "heterolora": GRAD_NORM,  # the paper's: a quarter of the modules, chosen five times an epoch
-    # the budget of heterolora, spread evenly at the same scaling alpha / r
+    # about the budget of heterolora (3 % less), spread evenly, at the same scaling alpha / r
     "uniform-r2": {"r": 2, "lora_alpha": 4.0, "shortcut_alpha": 1.0, "allocate": "none"},
     "delta-lora": {**LORA, "delta_ratio": 2.0, "lr": 5e-4},  # K: a third of the first epoch
     "heterolora-released": {**RELEASED, **GRAD_NORM, "score_batches": 32},

@@ -22,7 +22,7 @@ import lora
 import proxies
 from relatives import rank_scores
 from relatives.incompatible import refuse_incompatible
-from support import large
+from support import large, tasks
 
 READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
 EPSILON = 1e-8  # of AdamW, beside the root of the second moment
@@ -251,7 +251,9 @@ def about_training(a, examples, batches, parameters, steps):
             f"of {a.lora_alpha / a.r:g}",
         ),
         (
-            a.optimizer == "lora_rite" and a.batch_size * a.accumulate < a.r,
+            a.optimizer == "lora_rite"
+            and a.batch_size * a.accumulate < a.r
+            and tasks.TASKS[a.task].head != "lm",  # where every token is read
             f"--optimizer lora_rite: a step's {a.batch_size * a.accumulate} examples are "
             f"{a.batch_size * a.accumulate} tokens where the last block is read, less than r "
             f"{a.r}: along the directions that they leave open the step has no gradient",

@@ -97,7 +97,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # ------------------------------------------------------------------------------------ lora.py
     ("lora.py", "= lora_alpha / r\n", "= lora_alpha\n", "scale alpha instead of alpha / r", f"{LORA}::test_forward_and_gradients_in_closed_form"),
     ("lora.py", "= lora_alpha / r\n", "= lora_alpha / r**0.5\n", "scale of rsLoRA", f"{LORA}::test_forward_and_gradients_in_closed_form"),
-    ("lora.py", "self.scaling * B)  # (b", "B)  # (b", "forward without the scale", f"{LORA}::test_forward_and_gradients_in_closed_form"),
+    ("lora.py", "self.scaling * B)  # (…", "B)  # (…", "forward without the scale", f"{LORA}::test_forward_and_gradients_in_closed_form"),
     ("lora.py", "return self.scaling * (B", "return 1.0 * (B", "delta_w without the scale", f"{LORA}::test_delta_w_entry_by_entry"),
     ("lora.py", "bound = in_features**-0.5", "bound = out_features**-0.5", "A drawn by fan-out", f"{LORA}::test_initial_values"),
     ("lora.py", "(2 * uniform - 1) * bound", "uniform * bound", "A drawn from (0, bound)", f"{LORA}::test_initial_values"),
@@ -404,6 +404,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/adalora.py", "            layer.lora_E *= self.mask[name]\n", "            layer.lora_A *= self.mask[name]\n", "the mask is on A", f"{ALLOCATORS}::test_scores_and_masks_by_brute_force"),
     ("relatives/triplets.py", "slope = 2 * off @ rows / off.norm().clamp(min=1e-12)", "slope = 4 * off @ rows", "the penalty's norm squared", f"{ALLOCATORS}::test_the_penalty_by_finite_differences"),
     ("relatives/exchange.py", "found[name, k] = -whole + without - alone", "found[name, k] = without - whole", "importance without the rank alone", f"{ALLOCATORS}::test_importance_by_deleting_ranks"),
+    ("relatives/alora.py", "if due and self.t <= self.last:", "if due:", "a last round, after which nothing trains", f"{ALLOCATORS}::test_when_a_round_is"),
+    ("relatives/lora_plus.py", '(fast if ".lora_B" in name', '(fast if name.endswith(".lora_B")', "PRoLoRA's B is slow", f"{RULES}::test_every_adapter_goes_with_a_rule_or_is_refused_by_name"),
+    ("relatives/condlora.py", "        W = W.to(self.lora_A.dtype)  # of a base in bfloat16\n", "", "CondLoRA on bfloat16 cannot be written", f"{LARGE}::test_relatives_on_a_base_in_bf16"),
     ("relatives/alora.py", "                layer.lora_B[:, k] = 0\n", "", "a new rank begins with the old B", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
     ("relatives/alora.py", "            self.layers[name].lora_B[:, k] = 0  # gone, not kept for later\n", "", "what is pruned is kept and counted", f"{ALLOCATORS}::test_a_round_keeps_the_budget_and_the_outputs_of_what_grows"),
     ("relatives/exchange.py", "key=means.get, reverse=True", "key=means.get", "ranks go to the least important", f"{ALLOCATORS}::test_one_each_in_the_order_of_mean_importance"),
@@ -412,6 +415,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # ----------------------------------------------------- what readers could change without a test
     ("tools/compare.py", 'folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}', 'folders = {"tune": source.resolve(), "final": source.resolve()}', "rates are chosen on the reported pairs", f"{COMPARE}::test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on"),
     ("tools/compare.py", '["--lr", f"{run.lr:g}", "--seed", str(run.seed), "--out", str(folder)]', '["--out", str(folder)]', "all rates and seeds are the same run", f"{COMPARE}::test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on"),
+    ("tools/compare.py", "round(means[lr], 9)", "means[lr]", "of equal rates rounding chooses", f"{COMPARE}::test_equal_learning_rates_give_the_smaller_and_seeds_count_alike"),
     ("tools/compare.py", 'if line["dev"] else 0.0', 'if line["dev"] else 1.0', "the rate that diverges wins", f"{COMPARE}::test_a_rate_whose_loss_is_not_a_number_is_the_worst"),
     ("tools/compare_report.py", "if n >= SEEDS else", "if n >= 2 else", "a verdict from two seeds", f"{COMPARE}::test_a_verdict_needs_ten_seeds"),
     ("tools/compare_report.py", "counts / m, size=draws", "np.full(len(counts), 1 / len(counts)), size=draws", "patterns are drawn as if each were as frequent", f"{COMPARE}::test_interval_over_seeds_and_examples_on_known_numbers"),

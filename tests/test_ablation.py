@@ -351,12 +351,12 @@ def test_the_report_of_made_up_results(results, capsys):
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_chance_has_the_variance_of_a_permutation(results):
-    """Var = 1 / (n - 1) for each seed, 8 modules, two seeds."""
+def test_chance_has_the_variance_of_one_permutation_in_all_seeds(results):
+    """Var = (1 + rho) / 2 / (n - 1): 8 modules, two seeds whose importances correlate with rho."""
     records = ablation.parse(results.read_bytes(), results)
     pairs = ablation.pairs_of(records, "A", ("end", "end"))
     found = ablation.of_chance(pairs, np.random.default_rng(1))
-    assert np.std([r for r, _ in found]) == pytest.approx((1 / 7 / 2) ** 0.5, rel=0.1)
+    assert np.std([r for r, _ in found]) == pytest.approx(((1 + 1 / 3) / 2 / 7) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("change", ["not JSON", "repeat", "one score less", "empty"])

@@ -89,6 +89,10 @@ def test_equal_learning_rates_give_the_smaller_and_seeds_count_alike(study):
     lines[5] = line("tune", "a", 3e-3, 101, 0.8)
     missing, best = compare.tuning(study, study.arms[0], lines)
     assert best is None and {run.lr for run in missing} == {1e-2}
+    # 860 of 1,200 right both times; as sums of fractions in floating point they differ
+    for place, right in ((1, 313), (4, 547), (2, 314), (5, 546)):
+        lines[place]["dev"][-1]["accuracy"] = right / 600
+    assert compare.tuning(study, study.arms[0], lines) == ([], 1e-3)
 
 
 def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
@@ -107,6 +111,13 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
         other = [*lines, {**line("tune", "a", 1e-2, 100, 0.5), field: value}]
         with pytest.raises(ValueError, match=rf"was run with {field} .*, the study says"):
             compare.check_lines(study, other, tmp_path)
+    same, other = ({"train": {"examples": 9, "sha256": digest}} for digest in ("0a", "0b"))
+    for phase, arm, data in (("final", "a", same), ("tune", "a", other), ("final", "b", other)):
+        lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
+    compare.check_lines(study, lines, tmp_path)
+    lines.append({**line("final", "a", 1e-3, 3, 0.5), "data": other})
+    with pytest.raises(ValueError, match=r"'a' was run on other data .* in seed 3 than before"):
+        compare.check_lines(study, lines, tmp_path)
 
 
 def test_without_widening_the_rates_that_are_listed_are_all_there_are(study):
@@ -305,6 +316,22 @@ def test_a_verdict_needs_ten_seeds():
     assert "| a difference |" in "\n".join(compare_report.report(lines))
 
 
+def test_two_rates_of_one_arm_are_not_mixed():
+    lines = [made_up("a", 1, "11110011"), {**made_up("a", 1, "11110111"), "lr": 3e-3}]
+    with pytest.raises(ValueError, match=r"arm 'a' has final runs at lr 0\.001 and at 0\.003"):
+        compare_report.report(lines)
+
+
+def test_a_line_has_every_decision(tmp_path):
+    assert compare.decisions_of(tmp_path) == []
+    modules = {"x": True, "y": False, "z": True}
+    ranks = {"x": [0, 3], "y": [], "z": [1]}
+    history = [{"step": 0, "on": modules}, {"step": 46, "on": ranks}]
+    (tmp_path / "allocation.json").write_text(json.dumps({"history": history}))
+    found = compare.decisions_of(tmp_path)
+    assert found == [[0, ["x", "z"]], [46, {"x": [0, 3], "z": [1]}]]
+
+
 # --------------------------------------------------------------------------------- studies for real
 
 
@@ -393,6 +420,7 @@ def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_pa
     assert len(set(keys)) == len(keys) == 2 + 4
     for x in runs:
         assert len(x["dev"]) == 3 and set(x["trainable"]) == {"adapters", "head"}
+        assert set(x["data"]) == {"train", "dev", "base"} and x["decisions"] == []
         if x["phase"] == "final":
             right = sum(p == y for p, y in zip(x["predictions"], labels["labels"], strict=True))
             assert x["test"]["accuracy"] == pytest.approx(right / 10)

@@ -113,7 +113,7 @@ def test_adapters_begin_as_beside_a_float32_base():
 
 
 @pytest.mark.parametrize("adapter", METHODS["adapter"])
-def test_relatives_on_a_base_in_bf16(adapter):
+def test_relatives_on_a_base_in_bf16(adapter, tmp_path):
     model = tiny.model("bert", dtype=torch.float32)
     large.cast_base(model, "bf16")
     targets = ("q_proj", "k_proj", "v_proj")
@@ -129,9 +129,13 @@ def test_relatives_on_a_base_in_bf16(adapter):
     )
     lora.mark_trainable(model)
     logits, _, found = gradients(model, batch)
+    lora.save_adapter(model, tmp_path)
+    lora.load_adapter(plain, tmp_path / "adapter.safetensors", adapter=kind)
     large.cast_base(model, "fp32")
     expected = gradients(model, batch)
     assert far([logits], [expected[0]]) < TOLERANCE
+    large.cast_base(plain, "fp32")  # what was written on the base in bfloat16
+    assert far([plain(**batch).logits.detach()], [expected[0]]) < TOLERANCE
     assert far(found, expected[2]) < TOLERANCE
     assert {f.dtype for a in lora.adapters(model).values() for f in a.parameters()} == {
         torch.float32

@@ -620,7 +620,7 @@ REFUSED = {  # what is in the table of incompatible.py, written a second time: m
     "prolora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
     "tied": "delta-ratio per-rank fisher riemannian lora_pro lora_rite budget-params when-off",
     "condlora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite loraplus budget-params "
-    "when-off",
+    "when-off shard",
     "cora": "delta-ratio per-rank riemannian lora_pro lora_rite loraplus",
     "reslora_input": "delta-ratio",
     "reslora_block": "delta-ratio when-off",

@@ -279,12 +279,12 @@ def test_places_that_are_closed_compute_nothing():
     assert lora.mark_trainable(one) == lora.mark_trainable(other)
 
 
-def ranks_alone(m, batches=(0, 1), **more):
+def ranks_alone(m, batches=(0, 1), steps=100, **more):
     """An ALoRA over a model, with the parts that an optimizer would step."""
     ranks, forgotten = rank_steps.RankSteps(m), []
     rule = alora.ALoRA(
         m,
-        steps=100,
+        steps=steps,
         per_epoch=2,
         interval=3,
         batches=lambda: [tiny.batch(m.config, seed=i) for i in batches],
@@ -411,14 +411,22 @@ def test_a_round_keeps_the_budget_and_the_outputs_of_what_grows():
 
 
 def test_when_a_round_is(monkeypatch):
-    """After 2 steps (an epoch), then every 3, eight in all."""
+    """After 2 steps (an epoch), then every 3: eight at most, the last with 3 steps to follow."""
     m = of_two()
-    rule, _, _ = ranks_alone(m)
-    rounds = []
-    monkeypatch.setattr(rule, "round", lambda: rounds.append(rule.t))
-    for _ in range(40):
-        rule.after_step()
-    assert rounds == [2, 5, 8, 11, 14, 17, 20, 23]
+    for steps, expected in (
+        (100, [2, 5, 8, 11, 14, 17, 20, 23]),
+        (14, [2, 5, 8, 11]),
+        (13, [2, 5, 8]),
+        (5, [2]),
+    ):
+        rule, _, _ = ranks_alone(m, steps=steps)
+        rounds = []
+        monkeypatch.setattr(rule, "round", lambda rounds=rounds, rule=rule: rounds.append(rule.t))
+        for _ in range(steps):
+            rule.after_step()
+        assert rounds == expected
+    with pytest.raises(ValueError, match="give --epochs 2"):
+        ranks_alone(m, steps=4)
 
 
 def test_a_run_of_alora(flags, tmp_path):
@@ -430,6 +438,8 @@ def test_a_run_of_alora(flags, tmp_path):
     layers = lora.adapters(run.model)
     ranks = [a.r - len(a.ranks_off) for a in layers.values()]
     assert sum(ranks) == 16 and set(ranks) != {4}
+    for a in layers.values():  # and each of them has trained
+        assert all(a.lora_B[:, k].any() for k in range(a.r) if k not in a.ranks_off)
     done = run_folder.read_log(out)[-1]
     assert done["trainable"]["adapters"] == 16 * 24
     exported, _ = train.load_pretrained(run.args.model, num_labels=2, seed=0)
@@ -466,7 +476,7 @@ def test_single_ranks_have_the_rate_and_the_decay_of_the_flags(flags, words):
 # ------------------------------------------------------------------------------------- whole runs
 
 
-FEWER = {  # flags: ALoRA goes over every rank twice in each round, after steps 5, 7 and 9
+FEWER = {  # flags: ALoRA goes over every rank twice in each round, after steps 5 and 7
     "adalora": ["--shortcuts", "residual"],
     "alora": [
         "--shortcuts",

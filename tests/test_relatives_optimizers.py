@@ -426,6 +426,10 @@ def test_every_adapter_goes_with_a_rule_or_is_refused_by_name(name, rule):
         return
     parse_flags(argv)
     optimizer = METHODS["optimizer"][rule](m, 1e-2, 0.0)
+    if rule == "loraplus":  # every part of a B, and nothing else, is fast
+        [fast] = [g["params"] for g in optimizer.param_groups if g.get("lr_ratio", 1) == 16]
+        parts = [p for n, p in lora.trainable(m).items() if n.rpartition(".lora_")[2][:1] == "B"]
+        assert {id(p) for p in fast} == {id(p) for p in parts} and parts
     start = {n: p.detach().clone() for n, p in lora.trainable(m).items()}
     trained(m, optimizer, 2)
     moved = lora.trainable(m)

@@ -199,6 +199,11 @@ LORA = "--preset lora"
         (f"{LORA} --clip 3e-7", f"{LORA} --clip 3.2e-7", "over 1,000 parameters"),
         (f"{LORA} --log-every 13", f"{LORA} --log-every 12", "the run has 12 steps, no train"),
         (
+            f"{LORA} --optimizer lora_rite",  # of language models every token is read
+            f"{LORA} --optimizer lora_rite --model smollm2-q4 --task describe",
+            "5 examples are 5 tokens where",
+        ),
+        (
             f"{LORA} --accumulate 4 --log-every 5",
             f"{LORA} --accumulate 4 --log-every 4",
             "the run has 4 steps, no train",  # of 6 batches: 4 and 2, in two epochs

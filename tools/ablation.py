@@ -30,10 +30,11 @@ A line of the file is one (space, seed, moment), written when it is complete. Th
 on after an interruption: what is in the file is not measured again, but the training that leads to
 the next moment is repeated.
 
-At the start GRAD-NORM is close to the importance by construction. B is 0, and AdamW's steps move
-each of its entries by about the same amount, so that the loss falls by about the rate times the sum
-of |dL/dB| over the entries; the score is the root of the sum of their squares. What is told there
-is that a gradient foretells a short training run. Whether a score foretells worth is told by the
+At the start GRAD-NORM is close to the importance by its nature. B is 0, and AdamW's steps move each
+of its entries by about the same amount, so that the loss falls by about the rate times the sum of
+|dL/dB| over the entries; the score is the root of the sum of their squares, before the head was
+warmed up, and on other batches. What is told there is that a gradient foretells a short training
+run. Whether a score foretells worth is told by the
 other columns, and beside them by the importance in another seed's run.
 
 What this file does not do: say which choice trains better (compare.py); prove a cause: a module
@@ -431,14 +432,17 @@ def of_other_seeds(pairs):
 
 
 def of_chance(pairs, generator):
-    """Random scores: [(correlation, overlap)], means over the seeds, DRAWS times."""
+    """One random order in all seeds: [(correlation, overlap)], means over the seeds, DRAWS times.
+
+    One, because a score that knows nothing of importance repeats itself too: it ranks the places
+    nearly alike in every seed. An order for each seed would average out, to a band too narrow.
+    """
     found = []
     for _ in range(DRAWS if pairs else 0):
-        draws = []
-        for _, measured in pairs:
-            order = generator.permutation(len(measured["importance"])).tolist()
-            scores = dict(zip(measured["importance"], order, strict=True))
-            draws.append(agreement(scores, measured["importance"]))
+        modules = pairs[0][1]["importance"]
+        order = generator.permutation(len(modules)).tolist()
+        scores = dict(zip(modules, order, strict=True))
+        draws = [agreement(scores, measured["importance"]) for _, measured in pairs]
         defined = [[d[i] for d in draws if d[i] is not None] for i in (0, 1)]
         found.append(tuple(sum(d) / len(d) if d else None for d in defined))
     return found
@@ -482,9 +486,10 @@ def tables(records):
 def explanation():
     return [
         "Score at one moment against importance at the same, or (start → end) at the end. Mean and",
-        "95 % t-interval over the seeds; – = undefined, all scores are alike. random: the mean of",
-        f"{DRAWS} draws, and where 95 % of the draws' means over the seeds lie. Another seed's",
-        "importance: the mean over pairs of seeds; what knowing the place tells, without the run.",
+        "95 % t-interval over the seeds, of these modules; – = undefined, all scores are alike.",
+        f"random: one order of the modules in all seeds, drawn {DRAWS:,} times: the mean, and",
+        "where 95 % of the draws' means over the seeds lie. Another seed's importance: the mean",
+        "over pairs of seeds; what knowing the place tells, without the run.",
         "",
     ]
 

@@ -147,10 +147,16 @@ def run_of(line):
 
 def check_lines(study, lines, path):
     """Raises ValueError where a line belongs to another study, or its arm has changed since."""
-    arms = {arm.name: arm for arm in study.arms}
+    arms, data = {arm.name: arm for arm in study.arms}, {}
     for line in lines:
         if line["phase"] == "labels" or line["arm"] not in arms:
             continue  # an arm that the study no longer has stays on record
+        key = line["phase"], line["arm"]
+        if line.get("data") and data.setdefault(key, line["data"]) != line["data"]:
+            raise ValueError(
+                f"{path}: arm {line['arm']!r} was run on other data or another base in seed "
+                f"{line['seed']} than before: take its lines away, or bring the data back"
+            )
         for field, value in about(study, arms[line["arm"]], run_of(line)).items():
             if line.get(field, value) != value:
                 raise ValueError(
@@ -184,7 +190,8 @@ def tuning(study, arm, lines):
         if missing:
             return missing, None
         means = {lr: sum(found[run] for run in wanted if run.lr == lr) for lr in tried}
-        best = max(tried, key=means.get)
+        # Rounded: equal numbers of right answers have equal means, whatever the order of the sum.
+        best = max(tried, key=lambda lr: round(means[lr], 9))
         place = GRID.index(best)
         if not study.widen:
             return [], best
@@ -289,9 +296,11 @@ def line_of(study, arm, run, folder):
     done = [event for event in log if event["event"] == "done"]
     if not done:
         return None
-    versions = json.loads((folder / "config.json").read_text())["versions"]
+    config = json.loads((folder / "config.json").read_text())
+    versions = config["versions"]
     line = {
         **about(study, arm, run),
+        "data": config["data"],
         "commit": versions.pop("git"),
         "versions": versions,
         "dev": [
@@ -302,10 +311,23 @@ def line_of(study, arm, run, folder):
         "trainable": done[0]["trainable"],
         "stored": done[0].get("stored"),
         "seconds": done[0]["seconds"],
+        "decisions": decisions_of(folder),
     }
     if run.phase == "final":
         line |= {"test": done[0]["test"], "predictions": done[0]["test_predictions"]}
     return line
+
+
+def decisions_of(folder):
+    """[[step, names on]] of every decision of a run; of single ranks {name: ranks on} for names."""
+    path = folder / "allocation.json"
+    history = json.loads(path.read_text())["history"] if path.is_file() else []
+    found = []
+    for step, on in ((decision["step"], decision["on"]) for decision in history):
+        by_rank = any(isinstance(value, list) for value in on.values())
+        chosen = {name: value for name, value in on.items() if value}
+        found.append([step, chosen if by_rank else list(chosen)])
+    return found
 
 
 def not_a_number(study, arm, run, text):
@@ -386,6 +408,7 @@ def run_study(study, results, work, data_dir, jobs):
                 if process.poll() is None:
                     continue
                 line = line_after(study, arms[run.arm], run, folder, process.returncode)
+                check_lines(study, [*lines, line], results)
                 append(results, line)
                 lines.append(json.loads(json.dumps(line)))
                 del active[run]

@@ -7,15 +7,16 @@ accuracy. Two intervals of 95 % stand beside each:
     over seeds and examples  the 2.5 and 97.5 % quantiles of 10,000 resampled means, seeds and test
                              pairs drawn anew with replacement, each pair for all seeds alike
 
-The second errs on the side of caution. Its variance is about s^2/n + e^2/m + 3 i^2/(n m), of n
-seeds and m test pairs, where the mean itself has s^2/n + e^2/m + i^2/(n m): s is the spread of
-seeds, e of test pairs, i of what is neither (Owen 2007, "The pigeonhole bootstrap"). Both take the
-learning rate as given.
+The second errs on the side of caution about what is neither the seed's nor the pair's. Its variance
+is about s^2/n + e^2/m + 3 i^2/(n m), of n seeds and m test pairs, where the mean itself has
+s^2/n + e^2/m + i^2/(n m): s is the spread of seeds, e of test pairs, i of what is neither (Owen
+2007, "The pigeonhole bootstrap"). Where the spread of seeds is all there is, it is too narrow
+instead: by sqrt((n - 1) / n) and the normal quantile, for n = 10 by 18 %; there the first interval
+is the wider one, and a verdict needs both. Both take the learning rate as given.
 
-The verdict, fixed before the runs: "no difference" if both intervals lie within +- MARGIN points,
-else "a difference" if both exclude 0, else "not decided". There is none before SEEDS seeds, so that
-nobody stops at what he likes; and none in a study for orientation: of many differences some exclude
-0 by chance.
+The verdict: "no difference" if both intervals lie within +- MARGIN points, else "a difference" if
+both exclude 0, else "not decided". There is none before SEEDS seeds, so that nobody stops at what
+he likes; and none in a study for orientation: of many differences some exclude 0 by chance.
 
 What this file does not do: make runs (compare.py).
 """
@@ -128,7 +129,13 @@ def finals(lines):
     found = {}
     for line in lines:
         if line["phase"] == "final":
-            found.setdefault(line["arm"], {})[line["seed"]] = line
+            runs = found.setdefault(line["arm"], {})
+            if runs and first(runs)["lr"] != line["lr"]:
+                raise ValueError(
+                    f"arm {line['arm']!r} has final runs at lr {first(runs)['lr']:g} and at "
+                    f"{line['lr']:g}: its rate was frozen, take the lines of one of them away"
+                )
+            runs[line["seed"]] = line
     return found
 
 
@@ -192,7 +199,8 @@ def report(lines):
         here = {name: found for name, found in arms.items() if first(found)["space"] == space}
         result += [f"### {space}", ""]
         apart = on == "test"
-        result += ["| arm | trainable at once | stored | lr | seeds | dev |" + " test |" * apart]
+        heads = "| arm | trainable at once | stored | lr | seeds | dev, mean ± sd |"
+        result += [heads + " test, mean ± sd |" * apart]
         result += ["|---|---|---|---|---|---|" + "---|" * apart]
         for name, found in here.items():
             dev = spread([line["dev"][-1]["accuracy"] for line in found.values()])
