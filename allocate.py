@@ -81,8 +81,9 @@ def keep_counts(names, keep):
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, allowed: 0 < keep <= 1")
     shortcuts = sum(map(is_shortcut, names))
-    # floor(p n_l) LoRA modules, round(p n_s) shortcuts
-    counts = math.floor(keep * (len(names) - shortcuts)), round(keep * shortcuts)
+    n_l, n_s = len(names) - shortcuts, shortcuts
+    # floor(p n_l) LoRA modules, round(p n_s) shortcuts; p n_l exact: 0.7 * 90 is 62.99999999999999
+    counts = math.floor(round(keep * n_l, 9)), round(round(keep * n_s, 9))
     if sum(counts) == 0:
         raise ValueError(
             f"keep {keep} of {len(names)} modules is none: raise it, or adapt more modules"

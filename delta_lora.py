@@ -129,6 +129,7 @@ class DeltaLoRA:
         refuse_unsuitable(model, layers, ratio, start, lazy)
         self.adapters = {n: a for n, a in layers.items() if isinstance(a.base, nn.Linear)}
         self.ratio, self.start, self.lazy = ratio, start, lazy
+        self.scaling = {name: layer.scaling for name, layer in self.adapters.items()}  # s
         self.t = 0  # optimizer steps done
         self.old = {}  # name -> (A_t, B_t) of the step that is under way
         self.begin = {}  # name -> (A, B) where the stretch that is open began
@@ -157,9 +158,9 @@ class DeltaLoRA:
         """Call after optimizer.step(): W <- W + lambda s (B' A' - B A)."""
         if not self.lazy:
             for name, (old_A, old_B) in self.old.items():
-                layer = self.adapters[name]
-                coefficient = self.ratio * layer.scaling
-                delta_update_(layer.base.weight, *self.pair(name), old_A, old_B, coefficient)
+                coefficient = self.ratio * self.scaling[name]
+                weight = self.adapters[name].base.weight
+                delta_update_(weight, *self.pair(name), old_A, old_B, coefficient)
         self.old = {}
         self.t += 1
 
@@ -175,7 +176,7 @@ class DeltaLoRA:
         if name in self.begin:
             terms += [(*self.pair(name), 1), (*self.begin[name], -1)]
         # W - W_0 = lambda s sum (P_end - P_begin)
-        coefficient = self.ratio * self.adapters[name].scaling
+        coefficient = self.ratio * self.scaling[name]
         return combine([(A, B, sign * coefficient) for A, B, sign in terms])
 
     def export(self):

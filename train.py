@@ -150,9 +150,8 @@ def score_batches(run):
     """
     examples = run.train[: run.args.score_batches * run.args.batch_size]
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
-    chosen = glue.in_order(examples, run.args.batch_size)
-    batches = [batch_of(run.model, [examples[i] for i in indices]) for indices in chosen]
-    return terminal.Watched(batches)
+    cuts = glue.in_order(examples, run.args.batch_size)
+    return terminal.Watched(batch_of(run.model, [examples[i] for i in cut]) for cut in cuts)
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -295,6 +294,7 @@ def main(argv=None):
     Of several processes the first one has it, the others 0: torchrun would end the first, in the
     middle of its last words, where another one failed before it.
     """
+    terminal.show_what_can_be_shown()
     with contextlib.ExitStack() as stack:
         try:
             distributed.start()

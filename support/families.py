@@ -279,6 +279,12 @@ OPT = Family(
 
 # --------------------------------------------------------------------------------------------- gpt2
 
+
+def first_eos(hf):
+    """There may be no padding token; any id does, since padding is masked and never read."""
+    return next(iter(eos_ids(hf)), 0)
+
+
 GPT2 = Family(
     features={
         "causal": True,
@@ -295,8 +301,7 @@ GPT2 = Family(
         "ffn_dim": Field("n_inner", "size", lambda hf: 4 * hf["n_embd"]),
         "max_positions": Field("n_positions", "size"),
         "embed_dim": Field("n_embd", "size"),
-        # There is no padding token; any id does, since padding is masked and never read.
-        "pad_token_id": Field("pad_token_id", "token id", lambda hf: hf.get("eos_token_id") or 0),
+        "pad_token_id": Field("pad_token_id", "token id", first_eos),
         "layer_norm_eps": Field("layer_norm_epsilon", "epsilon", 1e-5),
         "activation": Field("activation_function", "activation", "gelu_new"),
     },
@@ -345,15 +350,11 @@ def rope_of(hf, name, default):
     return parameters.get(name, default) if isinstance(parameters, dict) else default
 
 
-def first_eos(hf):
-    """There may be no padding token; any id does, since padding is masked and never read."""
-    return next(iter(eos_ids(hf)), 0)
-
-
 def llama_shapes(fields):
     """LLaMA 3's scaling as the four numbers in the order of model.rotation."""
     scaling = fields["rope_scaling"] or {}
-    numbers = tuple(float(scaling[key]) for key in ROPE_KEYS if key in scaling) or None
+    scaled = scaling.get("rope_type", scaling.get("type")) == "llama3"
+    numbers = tuple(float(scaling[key]) for key in ROPE_KEYS) if scaled else None
     fields = {name: value for name, value in fields.items() if name != "sliding_window"}
     return fields | {"rope_scaling": numbers, "rope_theta": float(fields["rope_theta"])}
 

@@ -103,22 +103,30 @@ def convert(path, folder):
         config = config_of(metadata, tensors)
         tensors = renamed(tensors, config)
         tokenizer = tokenizer_of(metadata)
+        about = about_tokenizer(metadata, config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {one_line(error)} in its metadata") from error
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
-    texts = metadata["tokenizer.ggml.tokens"]
-    about = {
-        f"{kind}_token": texts[config[f"{kind}_token_id"]]
-        for kind in ("bos", "eos")
-        if config[f"{kind}_token_id"] is not None
-    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def about_tokenizer(metadata, config):
+    """What tokenizer_config.json says: the tokens around a text, and how a chat is written."""
+    texts, about = metadata["tokenizer.ggml.tokens"], {}
+    for kind in ("bos", "eos"):
+        number = config[f"{kind}_token_id"]
+        if number is None:
+            continue
+        if not 0 <= number < len(texts):
+            raise ValueError(f"{kind}_token_id is {number}, expected an id below {len(texts)}")
+        about[f"{kind}_token"] = texts[number]
     if "tokenizer.chat_template" in metadata:
         about["chat_template"] = metadata["tokenizer.chat_template"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return about
 
 
 # ------------------------------------------------------------------------------- config and tensors

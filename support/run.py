@@ -8,6 +8,7 @@ checkpoint.py, adapter_file.py).
 
 import dataclasses
 import hashlib
+import json
 import time
 import types
 from pathlib import Path
@@ -65,6 +66,7 @@ class Run:
     score_seconds: float = 0.0  # of these, spent on decisions
     asked_to_stop: bool = False  # this process was, by Ctrl-C or SIGTERM
     stop: bool = False  # some process was, and all of them know
+    finished: bool = False  # before this process took it up
 
 
 def log(run, event, **values):
@@ -127,7 +129,8 @@ def enter_folder(run, stack, *, resume, out, name, stored, data, lines):
         run.folder = run_folder.create(folder, stack, stored, data)
         return
     run.folder = Path(resume)
-    run_folder.truncate_log(run.folder, lines)
+    if not run.finished:
+        run_folder.truncate_log(run.folder, lines)
     if run.plan and run.plan.history:
         write_history(run)
 
@@ -251,6 +254,12 @@ def resume(run, folder, data, seed, evaluating, steps, rebuild):
     if not stored:
         if evaluating:
             raise ValueError(f"{folder} has no checkpoint yet: nothing to evaluate")
+        if (folder / "adapter.safetensors").is_file():
+            raise ValueError(
+                f"{folder} is finished and its checkpoints are gone: nothing can go on; train anew "
+                "in another --out, or load its adapter (lora.load_adapter)"
+            )
+        run.notes.append(f"{folder} has no checkpoint yet: begins at step 0")
         return 0
     if steps:
         refuse_lost(folder, stored, *steps)
@@ -258,12 +267,19 @@ def resume(run, folder, data, seed, evaluating, steps, rebuild):
     run.optimizer = rebuild()
     note = restore(run, stored, seed)
     run.notes += [note] if note and not evaluating else []
+    run.finished = run_folder.done_line(folder, stored["log_lines"]) is not None
     return stored["log_lines"]
 
 
-def beside_prompts(run):
-    """{split: list of dicts: a prompt, what was written after it, its references}."""
-    return {
+def beside_prompts(run, again):
+    """{split: list of dicts: a prompt, what was written after it, its references}.
+
+    Args:
+        again: bool, keep the splits of written.json that were not written to this time.
+    """
+    path = run.folder / "written.json"
+    before = json.loads(path.read_text()) if again and path.is_file() else {}
+    return before | {
         split: [
             {"prompt": prompt.text, "written": text, "references": prompt.references}
             for prompt, text in zip(run.prompts[split], written, strict=True)
@@ -284,13 +300,16 @@ def finish(run, method, control, baselines):
     """
     pairs = run.delta.export() if run.delta else None
     lora.save_adapter(run.model, run.folder, pairs)
-    if run.written:
-        run_folder.write_json(run.folder / "written.json", beside_prompts(run))
-    adapters, head, stored = counts(run.model)
     lines = run_folder.read_log(run.folder)
+    before = next((line for line in lines if line["event"] == "done"), {})  # of a finished run
+    if run.written:
+        run_folder.write_json(run.folder / "written.json", beside_prompts(run, bool(before)))
+    adapters, head, stored = counts(run.model)
     first = next((line for line in lines if line["event"] == "eval" and line["step"] == 0), None)
     untouched = first and {name: first[name] for name in run.last if name in first}
-    if not any(line["event"] == "done" for line in lines):
+    if before and run.test_metrics:  # the same, with the test that is asked for now
+        run_folder.truncate_log(run.folder, lines.index(before))
+    if not before or run.test_metrics:
         log(
             run,
             "done",
@@ -313,7 +332,7 @@ def finish(run, method, control, baselines):
         untouched=untouched,
         last=run.last,
         best=run.best,
-        test=run.test_metrics,
+        test=run.test_metrics or before.get("test"),
         seconds=run.seconds,
         score_seconds=run.score_seconds,
         decisions=len(run.plan.history) if run.plan else 0,

@@ -192,6 +192,12 @@ def read_log(folder):
     return events
 
 
+def done_line(folder, lines):
+    """The "done" of a log, where it comes directly after its first `lines` lines; else None."""
+    after = read_log(folder)[lines : lines + 1]
+    return next((line for line in after if line["event"] == "done"), None)
+
+
 def truncate_log(folder, lines):
     """Keep the first `lines` lines: what a resumed run repeats is not reported twice."""
     kept = read_log(folder)[:lines]

@@ -33,6 +33,13 @@ def stop_on_signal(run):
             signal.signal(signum, handler)
 
 
+def show_what_can_be_shown():
+    """A character that the terminal's encoding does not have is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 @contextlib.contextmanager
 def warnings_as_notes():
     """Print every UserWarning as one line beside the progress bar."""
@@ -80,11 +87,13 @@ def carry_through(run, begin):
         return 1
     except OSError as error:
         what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
-        where = f"go on from its last checkpoint with --resume {run.folder}"
-        print(f"train.py: {what}; {where}", file=sys.stderr)
+        where = f"; go on from its last checkpoint with --resume {run.folder}"
+        said = f"{what}{where}" if run.folder else error  # or nothing was being written
+        print(f"train.py: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped at once; go on from the last checkpoint: --resume {run.folder}")
+        where = f"; go on from the last checkpoint: --resume {run.folder}" if run.folder else ""
+        print(f"stopped at once{where}")
         return 130
     if run.stop:
         command = f"{distributed.command()} train.py --resume {run.folder}"

@@ -36,6 +36,9 @@ def test_counts_are_floor_for_modules_and_round_for_shortcuts():
     for n, expected in ((94, 24), (98, 24), (102, 26)):
         assert len(allocate.keep_top(random_scores(n, 0, "shortcut_sa"), 0.25)) == expected
     assert len(allocate.keep_top(random_scores(51), 0.25)) == 12
+    for n, keep, expected in ((90, 0.7, 63), (100, 0.29, 29), (50, 0.58, 29)):  # p n in floating
+        assert keep * n < expected  # point falls below the whole number that it is
+        assert len(allocate.keep_top(random_scores(n), keep)) == expected
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -150,6 +150,7 @@ def test_config_fields_of_real_files():
     newer = {k: v for k, v in SMOLLM2.items() if k not in ("rope_theta", "rope_scaling")}
     for parameters, scaling in (
         ({"rope_type": "default", "rope_theta": 5e5}, None),
+        ({"rope_type": "default", "rope_theta": 5e5, "factor": 1.0}, None),
         ({**LLAMA3_ROPE, "rope_theta": 5e5}, (32.0, 1.0, 4.0, 8192.0)),
     ):
         c = Config.from_hf({**newer, "rope_parameters": parameters})

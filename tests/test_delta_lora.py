@@ -201,6 +201,17 @@ def test_lazy_mode_gives_the_same_losses(optimizer, clip, start):
     assert same(weights(lazy), w0) and not same(weights(eager), w0)
 
 
+def test_alpha_test_scales_the_branch_alone_in_lazy_mode_too():
+    """What the weight has gained is the weight's: half of s B A leaves it whole."""
+    eager, lazy = problem(), problem()
+    for m, is_lazy in ((eager, False), (lazy, True)):
+        run(m, 25, adamw(m), DeltaLoRA(m, 1.5, 0, lazy=is_lazy))
+        for layer in lora.adapters(m).values():
+            layer.scaling *= 0.5
+    batch = tiny.batch(eager.config)
+    torch.testing.assert_close(eager(**batch).logits, lazy(**batch).logits, rtol=0, atol=1e-12)
+
+
 def test_why_dropout_is_refused():
     """dL/d(BA) = s dL/dW without branch dropout, and not with it."""
     rng = torch.Generator().manual_seed(0)

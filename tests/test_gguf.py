@@ -218,6 +218,27 @@ def test_damaged_files_are_one_line(tmp_path):
     assert list((tmp_path / "cache" / "heterolora" / "gguf").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.eos_token_id", 10**6, "eos_token_id"),
+        ("tokenizer.ggml.bos_token_id", -1, "bos_token_id"),
+        ("llama.attention.head_count", "four", ""),
+        ("llama.attention.head_count", 0, ""),
+        ("tokenizer.ggml.tokens", 7, ""),
+    ],
+)
+def test_metadata_of_another_kind_is_one_line(tmp_path, monkeypatch, key, value, message):
+    path = write_gguf(tmp_path / "m.gguf", tiny.model("llama", head="lm"))
+    folder, contents = tmp_path / "empty", gguf.ReaderField.contents
+    folder.mkdir()
+    changed = lambda field: value if field.name == key else contents(field)  # noqa: E731
+    monkeypatch.setattr(gguf.ReaderField, "contents", changed)
+    with pytest.raises(ValueError, match=f"m.gguf: .*{message}") as error:
+        gguf_file.convert(path, folder)
+    assert "\n" not in str(error.value) and list(folder.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------- tokenizers
 
 

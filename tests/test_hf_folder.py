@@ -468,5 +468,7 @@ def test_config_fields_of_real_files():
     sizes = {"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 9}
     c = Config.from_hf({"model_type": "gpt2", "eos_token_id": 49, "n_inner": None, **sizes})
     assert (c.ffn_dim, c.pad_token_id, c.activation) == (32, 49, "gelu_new")
+    c2 = Config.from_hf({"model_type": "gpt2", "eos_token_id": [48, 49], "n_inner": None, **sizes})
+    assert (c2.pad_token_id, c2.eos_token_ids) == (48, (48, 49))
     same = Config.from_hf({"model_type": "gpt2", **sizes, "activation_function": "gelu_fast"})
     assert same.activation == "gelu_new"

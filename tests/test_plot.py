@@ -4,6 +4,7 @@ The picture of an allocation is tested where allocations are made, in test_heter
 """
 
 import itertools
+import json
 
 import matplotlib.pyplot as plt
 import pytest
@@ -112,6 +113,17 @@ def damage(folder):
     (folder / "checkpoint.pt").write_bytes(content)
 
 
+def cut_short(folder):
+    path = folder / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def forget_the_start(folder):
+    content = json.loads((folder / "config.json").read_text())
+    del content["flags"]["delta_start"]
+    run_folder.write_json(folder / "config.json", content)
+
+
 def allocate_too(folder):
     (folder / "allocation.json").write_text("{}")
 
@@ -124,6 +136,8 @@ def allocate_too(folder):
         (remove("checkpoint.pt"), "checkpoint.pt"),
         (remove("metrics.jsonl"), "no train line with a weight_change"),
         (damage, "its checksum is wrong"),
+        (cut_short, "is damaged, a file of it does not fit"),
+        (forget_the_start, "is damaged, a file of it does not fit: KeyError('delta_start')"),
         (allocate_too, "has two pictures, allocation and delta: leave out --out"),
         (
             lambda folder: run_folder.write_json(folder / "config.json", {"flags": {}}),

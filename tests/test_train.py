@@ -1,10 +1,15 @@
 """train.py as its user meets it: whole runs on a tiny model, interruption, resumption, refusals."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import lora
@@ -80,8 +85,6 @@ def test_a_run_and_its_folder(flags, tmp_path, capsys):
     assert log[-1]["accuracy"] == [e for e in log if e["event"] == "eval"][-1]["accuracy"]
     config = json.loads((out / "config.json").read_text())
     assert config["flags"]["r"] == 2 and config["versions"]["torch"] == torch.__version__
-    import safetensors.torch
-
     stored = safetensors.torch.load_file(out / "adapter.safetensors")
     assert same(stored, weights(out)["parameters"])
     assert set(stored) == {
@@ -235,6 +238,60 @@ def test_resuming_a_finished_run_prints_its_result_again(flags, tmp_path, capsys
     assert [e["event"] for e in run_folder.read_log(out)].count("done") == 1
 
 
+def test_a_finished_run_keeps_the_test_that_one_resume_asked_for(flags, tmp_path, capsys):
+    """The log of a finished run is not rewritten, unless there is more to say than before."""
+    with_test_set(flags, ROWS)
+    out = tmp_path / "run"
+    assert train.main([*flags, "--out", str(out)]) == 0
+    assert train.main(["--resume", str(out), "--test"]) == 0
+    log, printed = run_folder.read_log(out), capsys.readouterr().out
+    assert log[-1]["test"] is not None and len(log[-1]["test_predictions"]) == len(ROWS)
+    assert train.main(["--resume", str(out)]) == 0
+    assert run_folder.read_log(out) == log
+    assert capsys.readouterr().out.split("method")[1] == printed.split("method")[-1]
+
+
+def test_a_run_without_its_checkpoints(flags, tmp_path, capsys):
+    """Finished: refused, nothing is lost. Not begun: from step 0, and it says so."""
+    out = tmp_path / "run"
+    assert train.main([*flags, "--out", str(out)]) == 0
+    for path in out.glob("checkpoint*.pt"):
+        path.unlink()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    capsys.readouterr()
+    assert train.main(["--resume", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "is finished and its checkpoints are gone" in error and error.count("\n") == 1
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    (out / "adapter.safetensors").unlink()
+    assert train.main(["--resume", str(out)]) == 0
+    assert "has no checkpoint yet: begins at step 0" in capsys.readouterr().out
+    weights = safetensors.torch.load(before["adapter.safetensors"])
+    assert same(weights, safetensors.torch.load_file(out / "adapter.safetensors"))
+
+
+def test_a_terminal_without_the_characters_of_a_grid(flags, tmp_path):
+    """In Latin-1 there is no █: a question mark, and the run goes on."""
+    words = [*flags, "--preset", "heterolora", "--dry-run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [sys.executable, train.__file__, *words], capture_output=True, env=environment
+    )
+    assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0)
+    assert b"grad_norm chose" in done.stdout and b"dry run: loss" in done.stdout
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no space")])
+def test_what_is_said_of_a_stop_where_nothing_is_written(error, capsys):
+    def stopped():
+        raise error
+
+    run = types.SimpleNamespace(folder=None, stop=False)
+    assert train.terminal.carry_through(run, stopped) in (1, 130)
+    said = "".join(capsys.readouterr())
+    assert said.count("\n") == 1 and "--resume" not in said and "None" not in said
+
+
 def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -249,9 +306,6 @@ def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_ends_with_the_exit_code_of_main():
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, train.__file__, "--r", "0"], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
 
@@ -400,9 +454,6 @@ def test_folders_that_are_not_runs(flags, tmp_path, capsys):
 
 
 def test_importing_is_silent():
-    import subprocess
-    import sys
-
     code = "import train, support.flags, support.hf_folder, support.download"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=train.Path(train.__file__).parent, capture_output=True

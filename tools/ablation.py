@@ -34,8 +34,8 @@ At the start GRAD-NORM is close to the importance by its nature. B is 0, and Ada
 of its entries by about the same amount, so that the loss falls by about the rate times the sum of
 |dL/dB| over the entries; the score is the root of the sum of their squares, before the head was
 warmed up, and on other batches. What is told there is that a gradient foretells a short training
-run. Whether a score foretells worth is told by the
-other columns, and beside them by the importance in another seed's run.
+run. Whether a score foretells worth is told by the other columns, and beside them by the importance
+in another seed's run.
 
 What this file does not do: say which choice trains better (compare.py); prove a cause: a module
 that is switched off after training is missed by the others, which were trained beside it.

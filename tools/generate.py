@@ -23,6 +23,7 @@ import lora  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from relatives import METHODS  # noqa: E402
 from support import download, generation, prompts, run_folder, seeds, texts  # noqa: E402
+from support.errors import one_line  # noqa: E402
 
 
 def load(args):
@@ -121,7 +122,7 @@ def main(argv=None):
             raise ValueError("--length-penalty does nothing without --num-beams")
         write(args)
     except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+        print(f"generate.py: {one_line(error, 600)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print()

@@ -28,17 +28,20 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import checkpoint, run_folder
+from support.errors import one_line
 from tools import plot_block
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO = 1e-10  # of the largest singular value: what is below is rounding
 FLOOR = 1e-12  # of the largest singular value: what is below is drawn here
+DAMAGED = (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError)
 
 # --------------------------------------------------------------------------------------- allocation
 
@@ -232,10 +235,13 @@ def draw(folder, out=None):
     if out and len(kinds) > 1:
         raise ValueError(f"{folder} has two pictures, {' and '.join(kinds)}: leave out --out")
     paths = {kind: out or folder / f"{kind}.png" for kind in kinds}
-    if "allocation" in paths:
-        allocation(folder, paths["allocation"])
-    if "delta" in paths:
-        delta(folder, flags, paths["delta"])
+    try:
+        if "allocation" in paths:
+            allocation(folder, paths["allocation"])
+        if "delta" in paths:
+            delta(folder, flags, paths["delta"])
+    except DAMAGED as error:
+        raise ValueError(f"{folder} is damaged, a file of it does not fit: {error!r}") from error
     return list(paths.values())
 
 
@@ -253,7 +259,7 @@ def main(argv=None):
         else:
             paths = draw(Path(args.what), args.out)
     except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
+        print(f"plot.py: {one_line(error, 600)}", file=sys.stderr)
         return 2
     print("\n".join(map(str, paths)))
     return 0

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from support import glue
+from support.errors import one_line
 from tools.peft import commands, writing
 
 
@@ -58,7 +59,7 @@ def main(argv=None):
             print("\n".join(lines))
             return 0 if agree else 1
     except (ValueError, OSError) as error:
-        print(f"tools.peft: {error}", file=sys.stderr)
+        print(f"tools.peft: {one_line(error, 600)}", file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model import load_pretrained
 from support import adapter_file, evaluation, glue, report
+from support.errors import one_line
 from tools.peft import reading, writing
 
 
@@ -64,12 +65,12 @@ def inspect(folder, model_name=None):
         alpha = config["lora_alpha"] if adalora else pair.scaling * root
         count = pair.count()
         lines.append(
-            f"{name:<{width}} {pair.r:>4} {alpha:>8g} {pair.scaling:>8.4g} {count:>9,} "
+            f"{one_line(name):<{width}} {pair.r:>4} {alpha:>8g} {pair.scaling:>8.4g} {count:>9,} "
             f"{pair.norm():>10.4g}"
         )
     total = sum(p.count() for p in pairs.values())
-    heads = ", ".join(sorted(head)) or "none"
+    heads = one_line(", ".join(sorted(head)) or "none", 600)
     lines.append(f"{len(pairs)} modules, {total:,} parameters; head: {heads}")
     if config["use_dora"]:
         lines.append("DoRA: |dW|_F is of scale * B A, before each row is given its magnitude")
-    return lines + [f"DISAGREES: {p}" for p in problems], not problems
+    return lines + [f"DISAGREES: {one_line(p, 600)}" for p in problems], not problems
