@@ -11,6 +11,7 @@ import argparse
 import difflib
 import itertools
 import math
+import shlex
 import sys
 import types
 
@@ -435,6 +436,7 @@ def equal_budget_control(args, spent, costs):
         if value != default and name not in left_out:
             given[name] = ",".join(value) or "none" if isinstance(value, list) else value
     text = " ".join(
-        f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in given.items()
+        f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {shlex.quote(str(v))}"
+        for k, v in given.items()
     )
     return f"python train.py {text}", r * one

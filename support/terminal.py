@@ -7,6 +7,7 @@ What this file does not do: what a run says while it goes on, and its result (tr
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -78,6 +79,7 @@ def silent():
 
 def carry_through(run, begin):
     """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
+    folder = shlex.quote(str(run.folder))  # to paste
     try:
         begin()
     except CannotGoOn as error:
@@ -87,16 +89,16 @@ def carry_through(run, begin):
         return 1
     except OSError as error:
         what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
-        where = f"; go on from its last checkpoint with --resume {run.folder}"
+        where = f"; go on from its last checkpoint with --resume {folder}"
         said = f"{what}{where}" if run.folder else error  # or nothing was being written
         print(f"train.py: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        where = f"; go on from the last checkpoint: --resume {run.folder}" if run.folder else ""
+        where = f"; go on from the last checkpoint: --resume {folder}" if run.folder else ""
         print(f"stopped at once{where}")
         return 130
     if run.stop:
-        command = f"{distributed.command()} train.py --resume {run.folder}"
+        command = f"{distributed.command()} train.py --resume {folder}"
         print(f"stopped and saved; go on with: {command}")
         return 130
     return 0

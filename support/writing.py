@@ -47,6 +47,10 @@ def answer(model, asked, longest):
     """Greedy tokens after each list of ids, without the end of text."""
     config, device = model.config, model.word_embeddings.weight.device
     t = max(map(len, asked))
+    if t + longest > config.max_positions and len(asked) > 1:  # each has the room of its own length
+        for one in asked:
+            yield from answer(model, [one], longest)
+        return
     ids = torch.tensor([a + [config.pad_token_id] * (t - len(a)) for a in asked], device=device)
     mask = torch.tensor([[1] * len(a) + [0] * (t - len(a)) for a in asked], device=device)
     room = min(longest, config.max_positions - t)

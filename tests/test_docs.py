@@ -34,7 +34,7 @@ import pytest
 import torch
 
 from support import flags, run_folder
-from tools import compare_report
+from tools import ablation, compare_report
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("support", "relatives", "tools", "tests", "docs")  # folders with code or text
@@ -601,6 +601,15 @@ def test_the_tables_of_a_study_are_what_its_lines_say(study, page):
     text = (ROOT / "docs" / page).read_text()
     tables = [block for block in blocks if block.startswith("|")]
     assert tables
+    none([table for table in tables if f"\n\n{table}\n\n" not in text])
+
+
+def test_the_tables_of_the_scores_are_what_the_lines_say():
+    file = ROOT / "results" / "ablation.jsonl"
+    blocks = "\n".join(ablation.tables(ablation.parse(file.read_bytes(), file))).split("\n\n")
+    tables = [block for block in blocks if block.startswith(("| Spearman", "| overlap"))]
+    assert len(tables) == 2
+    text = (ROOT / "docs" / "results.md").read_text()
     none([table for table in tables if f"\n\n{table}\n\n" not in text])
 
 

@@ -386,6 +386,18 @@ def test_answers_are_those_of_each_prompt_alone(tokenizer):
     assert len(lengths) > 1 and model.training
 
 
+def test_the_room_of_an_answer_is_that_of_its_own_prompt(tokenizer):
+    """40 positions: after 38 tokens there is room for two more, and for six beside it."""
+    model = tiny.adapted("llama", head="lm", seed=4)
+    model.config = tiny.config("llama", head="lm", eos_token_ids=())
+    rng = seeds.generator(1, "prompts")
+    asked = [torch.randint(4, 45, (n,), generator=rng).tolist() for n in (3, 38, 34)]
+    got = list(writing.answer(model, asked, 6))
+    assert [len(row) for row in got] == [6, 2, 6]
+    for ids, row in zip(asked, got, strict=True):
+        assert row == model.generate(torch.tensor([ids]), len(row))[0].tolist()
+
+
 def test_java_is_left_out_in_one_line(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     scores, why = writing.with_java([], [])
