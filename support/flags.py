@@ -184,13 +184,13 @@ FLAGS = {  # name: (type, default, help)
         "no",
         "yes = under torchrun, every process keeps a part of each block's frozen weights",
     ),
-    "epochs": (number(int, 1), 3, "passes over the training data"),
-    "batch-size": (number(int, 1), 16, "examples in one forward pass"),
+    "epochs": (number(int, 1), 3, "passes over the training data; of text tasks 1"),
+    "batch-size": (number(int, 1), 16, "examples in one forward pass; of text tasks 8"),
     "accumulate": (number(int, 1), 1, "batches in one optimizer step"),
-    "lr": (number(float, 0), 1e-3, "learning rate of AdamW"),
+    "lr": (number(float, 0), 1e-3, "learning rate; of text tasks 2e-3"),
     "weight-decay": (number(float, 0), 0.01, "decoupled weight decay of AdamW"),
-    "schedule": (one_of("constant", "linear"), "linear", "learning rate after the warm-up"),
-    "warmup": (number(int, 0), 30, "steps over which the learning rate rises from 0"),
+    "schedule": (one_of("constant", "linear"), "linear", "constant, or linear to 0, after warm-up"),
+    "warmup": (number(int, 0), 30, "steps of a rate that rises from 0; of text tasks 10"),
     "clip": (number(float, 0), 0.0, "largest gradient norm; 0 = no clipping"),
     "dropout": (number(float, 0, 1, True), 0.0, "dropout of the backbone"),
     "max-length": (
@@ -269,10 +269,11 @@ def parse_flags(argv, task_of=None):
     parser.add_argument(
         "--test",
         action="store_true",
-        help="after the last epoch also evaluate on the task's test.tsv, if it has labels",
+        help="after the last epoch also evaluate on the task's test set, if it has labels",
     )
     parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
-    parser.add_argument("--eval-only", action="store_true", help="with --resume: evaluate and stop")
+    what = "evaluate and stop: with --resume that run; of a text task also --model as it is"
+    parser.add_argument("--eval-only", action="store_true", help=what)
     parser.add_argument(
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )

@@ -33,7 +33,7 @@ def copies(monkeypatch, tmp_path):
 
 def test_the_examples_run_as_they_stand(copies):
     names, found = {"__name__": "example"}, blocks()
-    assert len(found) == 6
+    assert len(found) == 7
     for line, code in found:
         assert "assert " in code, f"the example at line {line} shows nothing"
         exec(compile("\n" * line + code, str(PAGE), "exec"), names)

@@ -48,6 +48,7 @@ TSVS = {
 @pytest.mark.parametrize("task", TSVS)
 def test_the_format_of_every_task(tmp_path, task):
     """Columns by name, words for labels, CoLA without a header, QQP's short rows skipped."""
+    assert {*TSVS, "mrpc", "paraphrase"} == {*glue.TASKS}
     text, expected = TSVS[task]
     folder = tmp_path / glue.TASKS[task].folder
     write(folder, text)

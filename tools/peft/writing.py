@@ -217,6 +217,8 @@ def peft_files(pairs, head, family, base, pad=False, dropout=0.0):
     r = max(p.r for p in paths.values())
     largest = next(p for p in paths.values() if p.r == r)
     alpha = largest.scaling * r
+    if head and family not in HEADS:
+        raise ValueError(f"the head of a model of family {family!r} has no name in HEADS")
     saved = sorted({HEADS[family][n.rpartition(".")[0]] for n in head})
     config = {
         "alpha_pattern": {n: p.scaling * p.r for n, p in paths.items() if p.scaling * p.r != alpha},
