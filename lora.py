@@ -475,10 +475,9 @@ def described_layer(model, path, name, described, kinds):
         kinds: dict kind -> class.
     """
     kind, r, scaling = described.get("kind", "lora"), described["r"], described["scaling"]
-    try:
-        base, n_in, n_out = base_of(model, name)
-    except AttributeError as error:
-        raise ValueError(f"{path} adapts {name}, which this model lacks") from error
+    if name not in set(names_of(model, set(PLACES))):
+        raise ValueError(f"{path} adapts {name}, which this model lacks")
+    base, n_in, n_out = base_of(model, name)
     # Of rank 1 at first: Delta-LoRA's 2r may be more than LoRALayer takes for a new pair.
     layer = kinds[kind](base, n_in, n_out, 1, scaling, generator=torch.Generator())
     layer.r, layer.lora_alpha = r, scaling * r

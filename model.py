@@ -15,7 +15,7 @@ Figure 1) can adapt: six linear layers, a seventh where there is a gate, and fou
     rotation        | cos, sin| (1 or b, t, d_h / 2) of the angles by which q and k are turned
     read            |         | (b,)              the one position of each example that the
                     |         |                   classification head reads
-    cache           | K, V    | dict of a block's keys and values of earlier tokens; empty at first
+    cache           | K, V    | a block's keys and values of earlier tokens, generation.KeysValues
 
 What this file does not do: low-rank adapters (lora.py puts them in place of the modules), what a
 family's files look like (support/families.py), reading them (support/hf_folder.py), downloading
@@ -262,8 +262,8 @@ class Block(nn.Module):
             read: (b,) positions whose output somebody reads; None = all. Only these are computed:
                 keys and values come from all t positions, the rest of the layer from one.
             turned: rotation() of the t positions, None where a table has them.
-            cache: dict, this block's keys and values of the tokens before; these join it. Where it
-                is not empty, t is 1 and key_mask has a column for every token, old and new.
+            cache: k and v of the tokens before in this block, which these join; None at first.
+                Afterwards t is 1, and key_mask has a column for every token, old and new.
 
         Returns:
             The residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
         # pre-LN:  x = R_1 x + SA(LN x) + S_ffn y      y: the FFN input of the block before
         # post-LN: x = LN(R_1 x + SA(x)) + S_ffn y
-        causal = self.config.causal and read is None and not cache
+        causal = self.config.causal and read is None and (cache is None or cache.k is None)
         h = self.attention(queries, h, key_mask, causal, turns, cache)
         x = self.residual_1(sa_input) + self.drop(h)
         x = x if pre_ln else self.attn_norm(x)
@@ -312,9 +312,9 @@ class Block(nn.Module):
         """
         q, k, v = self.heads(queries, x, turns)
         if cache is not None:
-            if cache:
-                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
-            cache["k"], cache["v"] = k, v  # (b, g, tokens so far, d_h)
+            if cache.k is not None:
+                k, v = torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2)
+            cache.k, cache.v = k, v  # (b, g, tokens so far, d_h)
         # SA = W_o [softmax(Q K^T / sqrt(d_h) + mask) V for each head]
         mask = None if causal else key_mask  # padding is on the right: causal hides it
         p = self.config.dropout if self.training else 0.0
@@ -462,7 +462,7 @@ class Transformer(nn.Module):
             x: (b, t, d). read: (b,), or None.
             mask: (b, t) bool, True = token; beside filled caches (b, tokens so far).
             positions: (b, t) int64, where they are not 0 … t - 1 in every row.
-            caches: list of one dict a block, as in Block.forward.
+            caches: list of one a block, as in Block.forward.
         """
         key_mask = None
         if not mask.all():  # once, as numbers: attention would make them anew from bool each time

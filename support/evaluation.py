@@ -34,7 +34,7 @@ def counted(examples):
     return sum(token != -100 for label in label_lists for token in label[1:])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded base keeps the buffers that it gathers in
 def predict(model, task, examples):
     """A class id (regression: a score) for each encoded example, in order; the mode is kept."""
     training = model.training
@@ -65,7 +65,7 @@ def of_tokens(examples):
     return batches
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def language(model, examples):
     """{"loss", "perplexity"} of a causal model, over all predicted tokens; the mode is kept."""
     training = model.training

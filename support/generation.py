@@ -24,19 +24,27 @@ import torch
 # ------------------------------------------------------------------------------------------- cache
 
 
+class KeysValues:
+    """Of one block, k and v (b, g, columns, d_h), None while it has read nothing.
+
+    An object and no dict: on a GPU a sharded block is called with copies of dicts and lists.
+    """
+
+    k = v = None
+
+
 class Cache:
     """What the model has read so far: keys and values, and how long each row is."""
 
     def __init__(self, model, mask):
-        self.blocks = [{} for _ in model.layers]
+        self.blocks = [KeysValues() for _ in model.layers]
         self.mask = mask  # (b, columns)
         self.lengths = mask.sum(1)  # (b,)
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was: (b,) -> rows may repeat, be left out, or be more."""
         for block in self.blocks:
-            for name, part in block.items():
-                block[name] = part[rows]  # (len(rows), g, columns, d_h)
+            block.k, block.v = block.k[rows], block.v[rows]  # (len(rows), g, columns, d_h)
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
 
 
@@ -195,7 +203,7 @@ def reading(model):
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: see evaluation.predict
             yield
     finally:
         for module in training:

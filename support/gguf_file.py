@@ -45,6 +45,8 @@ REFUSED = {  # in the metadata -> the values that we implement
     "attention.sliding_window": (0,),
     "expert_count": (0,),
     "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
 }
 TENSORS = {  # theirs -> Hugging Face's
     "token_embd": "model.embed_tokens",

@@ -41,13 +41,25 @@ def render(template, prompt, specials):
         ValueError: the template is no Jinja, or does not take a single message of a user.
     """
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
         raise TemplateError(message)
 
+    class Generation(Extension):
+        """{% generation %} marks what an assistant wrote; here it is there and marks nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse

@@ -228,8 +228,8 @@ def read_split(name, data_dir, split, notes):
         where = f"{task.hub}, {split}"
         rows = hub_rows(name, split)
         columns, target = task.hub_columns, task.hub_target
-        if not columns:  # running text comes by the line, each with its end
-            rows = [(where, {target: "".join(row[target] for _, row in rows)})]
+        if not columns:  # running text comes by the line, each with its end; an empty line as ""
+            rows = [(where, {target: "".join(row[target] or " \n" for _, row in rows)})]
     else:
         where = path_of(name, data_dir, split)
         if where is None:

@@ -81,14 +81,15 @@ def with_java(prompts, written):
         return {}, "METEOR, ROUGE-L and CIDEr need pip install pycocoevalcap: left out"
     if not shutil.which("java"):
         return {}, "METEOR, ROUGE-L and CIDEr need Java: left out"
-    with contextlib.redirect_stdout(io.StringIO()):  # it counts its words aloud
-        references = {
-            i: [{"caption": text} for text in p.references] for i, p in enumerate(prompts)
-        }
-        texts = {i: [{"caption": text}] for i, text in enumerate(written)}
-        both = [PTBTokenizer().tokenize(part) for part in (references, texts)]
-        scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
-        scores = {name: float(s.compute_score(*both)[0]) for name, s in scorers.items()}
+    references = {i: [{"caption": text} for text in p.references] for i, p in enumerate(prompts)}
+    texts = {i: [{"caption": text}] for i, text in enumerate(written)}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it counts its words aloud
+            both = [PTBTokenizer().tokenize(part) for part in (references, texts)]
+            scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
+            scores = {name: float(s.compute_score(*both)[0]) for name, s in scorers.items()}
+    except Exception as error:  # of another program, after all the training
+        return {}, f"METEOR, ROUGE-L and CIDEr failed ({one_line(error)}): left out"
     return {name: s if name == "cider" else 100 * s for name, s in scores.items()}, ""
 
 

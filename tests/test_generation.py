@@ -56,7 +56,7 @@ def test_cached_equals_uncached(family, state):
                 torch.testing.assert_close(row, next_logits(m, text), rtol=0, atol=1e-12)
             texts = [[*text, t] for text, t in zip(texts, tokens.tolist(), strict=True)]
             logits = generation.read_token(m, tokens, cache)
-    assert cache.blocks[0]["k"].shape == (3, m.config.num_kv_heads, 9 + 11, m.config.head_dim)
+    assert cache.blocks[0].k.shape == (3, m.config.num_kv_heads, 9 + 11, m.config.head_dim)
 
 
 # ---------------------------------------------------------------------------------- greedy, sampled
@@ -289,6 +289,7 @@ def test_pieces_of_text_join_to_the_whole():
         ("{{ {'b': 'é<', 'a': [1]} | tojson }}", '{"b": "é<", "a": [1]}'),
         ("{% for m in [1, 2, 3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}", "1"),
         ("{{ pad_token }}{{ eos_token }}", "<pad></s>"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "axb"),
     ],
 )
 def test_a_template_gets_what_transformers_gives_it_and_no_date(template, expected):

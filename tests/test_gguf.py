@@ -184,6 +184,8 @@ def test_a_file_is_converted_once(tmp_path, monkeypatch):
         ({"general__architecture": "mamba"}, "architecture 'mamba' is not implemented"),
         ({"llama__expert_count": 8}, "llama.expert_count = 8 is not implemented"),
         ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type = 'yarn' is not implemented"),
+        ({"llama__rope__scaling__factor": 8.0}, "rope.scaling.factor = 8.0 is not implemented"),
+        ({"llama__rope__scale_linear": 8.0}, "rope.scale_linear = 8.0 is not implemented"),
         ({"llama__attention__sliding_window": 512}, "sliding_window = 512 is not implemented"),
         ({"tokenizer__ggml__pre": "viking"}, "pre 'viking' is not implemented, only gpt-2"),
         ({"tokenizer__ggml__model": "bert"}, "tokenizer 'bert' is not implemented"),

@@ -414,6 +414,40 @@ def language_steps(family):
     return {**found, "losses": losses, "new": new, "trained": trained}
 
 
+def test_a_sharded_model_that_was_measured_first_trains(tmp_path):
+    """What is gathered for the first time without gradients is gathered again with them."""
+
+    def run():
+        model = sharded(tiny.adapted("llama", head="lm"))
+        batch = tiny.batch(model.config)
+        new = model.generate(batch["input_ids"][:, :4], 3, eos_token_ids=())
+        rows, once = distributed.part(list(range(len(batch["labels"]))))
+        loss = model(**{key: value[rows] for key, value in batch.items()}).loss
+        (loss * once).backward()
+        return new, all(p.grad is not None for p in lora.training_now(model).values())
+
+    new, trained = run()
+    for found, has_gradients in in_processes(run, 2, tmp_path):
+        assert trained and has_gradients
+        torch.testing.assert_close(found, new, rtol=0, atol=0)
+
+
+def test_a_block_gets_copies_of_dicts_and_lists(tmp_path):
+    """As FSDP's hook on a GPU calls a block: the cache still gets what it reads."""
+    model = tiny.adapted("llama", head="lm", seed=4)
+    ids = tiny.batch(model.config)["input_ids"][:, :4]
+    expected = model.generate(ids, 5, eos_token_ids=())
+    from torch.distributed.utils import _to_kwargs
+
+    def copied(_block, args, kwargs):
+        (args,), (kwargs,) = _to_kwargs(args, kwargs, CPU, False)
+        return args, kwargs
+
+    for block in model.layers:
+        block.register_forward_pre_hook(copied, with_kwargs=True)
+    assert torch.equal(model.generate(ids, 5, eos_token_ids=()), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_sharded_language_model_is_the_whole_one(tmp_path, family):
     """Batches of 4, 2 and 1 examples: the last one is one process's, and the other keeps step."""

@@ -341,11 +341,28 @@ def test_adapter_files_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
     norm = tiny.adapted("bert", shortcuts=("shortcut_sa",), shortcut_norm="reuse")
     lora.save_adapter(norm, tmp_path / "norm.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
+    with safetensors.safe_open(tmp_path / "good.safetensors", "pt") as file:
+        about = file.metadata()
+    tensors = safetensors.torch.load_file(tmp_path / "good.safetensors")
+    elsewhere = (
+        "layers.0.attn_norm",
+        "layers.0.shortcut_ffn",
+        "word_embeddings",
+        "layers.0.forward",
+    )
+    for name in elsewhere:  # what the model has, and no module can take the place of
+        moved = {key.replace("layers.0.fc1", name): value for key, value in tensors.items()}
+        said = {key: value.replace("layers.0.fc1", name) for key, value in about.items()}
+        safetensors.torch.save_file(moved, tmp_path / f"{name}.safetensors", said)
     for name, model, message in (
         ("good", tiny.model("bert", hidden_size=6, num_heads=2), r"lora_A is \(3, 12\), not \(3"),
         ("good", tiny.model("bert", num_layers=2), "adapts layers.2.q_proj, which this model"),
         ("good", tiny.model("bert", num_labels=4), "classifier"),
         ("norm", tiny.model("bert"), "trained with shortcut_norm 'reuse'"),
+        *(
+            (name, tiny.model("bert"), f"adapts {name}, which this model lacks")
+            for name in elsewhere
+        ),
         ("text", tiny.model("bert"), "is no adapter of this program"),
         ("good", m, "has LoRA modules already"),
     ):

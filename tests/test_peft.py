@@ -172,15 +172,25 @@ def test_the_base_of_an_export_is_named_as_what_it_is(tmp_path, monkeypatch):
     base = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
     monkeypatch.setattr(writing.download, "model_folder", lambda name: base)
     found = {}
-    for name in ("minilm", "smollm2", "smollm2-q4", "some/folder"):
+    there = tmp_path / "a@b"
+    there.mkdir()
+    for name in ("minilm", "smollm2", "smollm2-q4", "some/name", "some/name@0a1", str(there)):
         run = made_up_run(tmp_path / name.replace("/", "-"), {"model": name})
         config = writing.export(run, tmp_path / f"{run.name}-out")
-        found[name] = config["base_model_name_or_path"]
+        found[name] = config["base_model_name_or_path"], config["revision"]
     assert found == {
-        "minilm": "sentence-transformers/all-MiniLM-L6-v2",
-        "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "smollm2-q4": None,
-        "some/folder": "some/folder",
+        "minilm": (
+            "sentence-transformers/all-MiniLM-L6-v2",
+            writing.download.REVISIONS["sentence-transformers/all-MiniLM-L6-v2"],
+        ),
+        "smollm2": (
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            writing.download.REVISIONS.get("HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ),
+        "smollm2-q4": (None, None),
+        "some/name": ("some/name", None),
+        "some/name@0a1": ("some/name", "0a1"),
+        str(there): (str(there), None),
     }
 
 

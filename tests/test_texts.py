@@ -158,7 +158,7 @@ def test_the_hub(tmp_path, monkeypatch):
     rows = {
         "tuetschek/e2e_nlg": {"meaning_representation": ["a", "a"], "human_reference": ["b", "c"]},
         "tatsu-lab/alpaca": {"instruction": ["a"] * 10, "input": [""] * 10, "output": ["b"] * 10},
-        "Salesforce/wikitext": {"text": [" = a = \n", "b\n"]},
+        "Salesforce/wikitext": {"text": ["", " = a = \n", "", "b\n"]},
     }
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -181,7 +181,7 @@ def test_the_hub(tmp_path, monkeypatch):
     (train, dev, _), _ = texts.load_splits("e2e")
     assert (train, dev) == ([("a", ["b"]), ("a", ["c"])], [("a", ["b", "c"])])
     assert len(texts.load_splits("instructions")[0][0]) == 9
-    assert texts.load_splits("wikitext", train=False)[0][1] == [("", [" = a = \nb\n"])]
+    assert texts.load_splits("wikitext", train=False)[0][1] == [("", [" \n = a = \n \nb\n"])]
 
 
 # --------------------------------------------------------------------------------------- tokenising
@@ -435,6 +435,11 @@ def test_with_java_all_but_cider_are_of_100(monkeypatch):
     asked = [texts.Prompt("p", [], ["AB", "C"], 3), texts.Prompt("q", [], ["D"], 3)]
     scores, why = writing.with_java(asked, ["AB", "X"])
     assert scores == {"meteor": 30, "rouge_l": 50, "cider": 1.05} and why == ""
+    # what another program's failure costs is its numbers, not the run
+    meteor = sys.modules["pycocoevalcap.meteor.meteor"]
+    monkeypatch.setattr(meteor.Meteor, "compute_score", lambda *_: float("b''\n"))
+    scores, why = writing.with_java(asked, ["AB", "X"])
+    assert scores == {} and "CIDEr failed" in why and "\n" not in why
 
 
 def test_examples_beside_their_references():

@@ -306,7 +306,12 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
     family = hf_folder.read_config(download.model_folder(name)).get("model_type")
-    base = HUB_IDS.get(name, name)
-    config, tensors = peft_files(pairs, head, family, base, pad, dropout=flags["lora_dropout"])
+    base, _, revision = (HUB_IDS.get(name, name) or "").partition("@")
+    if Path(name).exists():  # a folder, whose name may have an @
+        base, revision = name, ""
+    config, tensors = peft_files(
+        pairs, head, family, base or None, pad, dropout=flags["lora_dropout"]
+    )
+    config["revision"] = revision or download.REVISIONS.get(base)
     write_peft(folder, config, tensors, Path(run) / "allocation.json")
     return config
