@@ -375,3 +375,13 @@ def test_a_damaged_file_is_one_line(results, capsys, change):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert (":2 " in error) == (change != "empty")
+
+
+def test_the_scores_of_one_moment_against_the_importance_of_the_other():
+    up, down = ({"w": 4 * k, "x": 3 * k, "y": 2 * k, "z": k} for k in (1, -1))
+    first, then = (
+        {"scores": {"p": up}, "importance": down},
+        {"scores": {"p": down}, "importance": up},
+    )
+    assert ablation.of_proxy("p", [(first, then)]) == [(pytest.approx(1), 1)]
+    assert ablation.of_proxy("p", [(first, first)]) == [(pytest.approx(-1), 0)]

@@ -503,3 +503,102 @@ def test_the_tuning_split_is_a_partition_drawn_by_its_seed(tmp_path):
     assert sorted(parts[0][1:] + parts[1][1:]) == sorted(rows)
     with pytest.raises(ValueError, match=r"tune\.pairs is 10.*10 rows"):
         compare.split_training_set(tmp_path, tmp_path / "d", 10, 1)
+
+
+# ------------------------------------------------------------------------------- what is recorded
+
+
+def test_a_line_says_what_the_run_said(study, tmp_path):
+    folder, run = tmp_path / "f", compare.Run("final", "a", 1e-3, 1)
+    folder.mkdir()
+    config = {"flags": {}, "data": {"dev": 1}, "versions": {"git": "c", "torch": "t"}}
+    run_folder.write_json(folder / "config.json", config)
+    assert compare.line_of(study, study.arms[0], run, folder) is None
+    run_folder.log(folder, "eval", step=1, epoch=1, accuracy=0.5)
+    run_folder.log(
+        folder,
+        "done",
+        dev={"accuracy": 0.5},
+        test={"accuracy": 0.25},
+        test_predictions="01",
+        trainable={"adapters": 5, "head": 1},
+        stored=7,
+        seconds=3.0,
+        score_seconds=1.0,
+    )
+    found = compare.line_of(study, study.arms[0], run, folder)
+    assert (found["dev"], found["test"]) == ([{"accuracy": 0.5}], {"accuracy": 0.25})
+    assert (found["predictions"], found["stored"], found["seconds"]) == ("01", 7, 3.0)
+    assert (found["data"], found["commit"], found["versions"]) == ({"dev": 1}, "c", {"torch": "t"})
+
+
+def test_other_flags_are_another_folder(study, tmp_path):
+    run = compare.Run("tune", "a", 1e-3, 100)
+    one, other = (compare.folder_of(study, run, f"--r {r}", tmp_path) for r in (2, 3))
+    assert one != other
+
+
+@pytest.fixture
+def begun(study, tmp_path, monkeypatch):
+    """go() begins a study, up to its first process, which raises InterruptedError."""
+
+    def popen(*_, **__):
+        raise InterruptedError
+
+    data, work = tiny.task_folder(tmp_path / "data"), tmp_path / "work"
+    (data / "test.tsv").write_bytes((data / "dev.tsv").read_bytes())
+    work.mkdir()
+    monkeypatch.setattr(compare, "subprocess", types.SimpleNamespace(Popen=popen))
+    return lambda: compare.run_study(study, tmp_path / "r.jsonl", work, data, 1)
+
+
+def test_rates_are_chosen_on_the_split_that_the_lines_state(begun, study, tmp_path):
+    with pytest.raises(InterruptedError):
+        begun()
+    again = tmp_path / "again"
+    compare.split_training_set(tmp_path / "data", again, study.tune_pairs, study.split_seed)
+    for name in ("dev.tsv", "train.tsv"):
+        made = (tmp_path / "work" / "tune" / name).read_bytes()
+        assert made == (again / name).read_bytes()
+
+
+def test_lines_are_checked_before_a_study_goes_on(begun, tmp_path):
+    compare.append(tmp_path / "r.jsonl", line("tune", "a", 1e-3, 100, 0.5, split_seed=2))
+    with pytest.raises(ValueError, match="was run with split_seed 2"):
+        begun()
+
+
+def test_what_a_study_says_of_itself_is_heard(tmp_path):
+    path, text = tmp_path / "m.toml", STUDY.replace("pairs = 2", "pairs = 2\nwiden = false")
+    path.write_text(text + "verdicts = false\n" + ARM.format("a", 2, ""))
+    study = compare.read_study(path)
+    assert (study.widen, study.verdicts) == (False, False)
+    about = compare.about(study, study.arms[0], compare.Run("final", "a", 1e-3, 1))
+    assert about["verdicts"] is False
+
+
+def test_tuning_goes_seed_by_seed_and_rate_by_rate_with_the_arms_in_turn(study):
+    found = [run for run in compare.missing_runs(study, [])[0] if run.arm in "ab"]
+    found = [(run.seed, run.lr, run.arm) for run in found]
+    assert found == sorted(found) and len(found) == 8
+
+
+def test_two_programs_do_not_make_one_study(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_study", lambda *_: None)
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    work = tmp_path / "w"
+    work.mkdir()
+    words = ["run", str(tmp_path / "mini.toml"), "--results", str(tmp_path / "r.jsonl")]
+    with run_folder.locked(work):
+        assert compare.main([*words, "--work", str(work)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert compare.main([*words, "--work", str(work)]) == 0
+
+
+def test_a_verdict_needs_both_intervals():
+    """One pair of eight, the same in every seed: nothing varies over seeds, all over pairs."""
+    lines = [{"phase": "labels", "task": "mrpc", "labels": "11110000"}]
+    for seed in range(1, 11):
+        lines += [made_up("a", seed, "11110001"), made_up("b", seed, "11110000", controls=["a"])]
+    text = "\n".join(compare_report.report(lines))
+    assert "| b − a | 10 | +12.5 | +12.5 … +12.5 | +0.0 … +37.5 | not decided |" in text

@@ -10,6 +10,7 @@ import tiny
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS
+from support.flags import parse_flags
 
 
 def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
@@ -61,3 +62,17 @@ def test_delta_lora_has_by_default_lambda_half_and_moves_the_weight_after_step_5
     lora.mark_trainable(model)
     delta = DeltaLoRA(model)
     assert (delta.ratio, delta.start, delta.lazy) == (0.5, 500, False)
+
+
+def test_what_train_py_does_where_a_flag_is_not_given():
+    args = parse_flags([])
+    assert (args.keep, args.every, args.score_batches) == (0.5, 0.5, 4)
+    assert (args.weight_decay, args.schedule, args.warmup) == (0.01, "linear", 30)
+    assert (args.lr, args.epochs, args.batch_size) == (1e-3, 3, 16)
+    args = parse_flags(["--task", "describe"])
+    assert (args.epochs, args.batch_size, args.lr, args.warmup) == (1, 8, 2e-3, 10)
+    args = parse_flags(["--preset", "heterolora-released"])
+    assert (args.lr, args.warmup, args.batch_size, args.epochs) == (2e-4, 0, 8, 20)
+    args = parse_flags(["--preset", "uniform-r2"])
+    assert (args.r, args.lora_alpha, args.shortcut_alpha) == (2, 4, 1)
+    assert parse_flags(["--preset", "delta-lora"]).lr == 5e-4

@@ -587,3 +587,16 @@ def test_weight_change_is_the_norm_of_what_the_weight_moved_by(lazy):
     if not lazy:
         for name, w in weights(m).items():
             torch.testing.assert_close(w - w0[name], moved[name], rtol=0, atol=1e-12)
+
+
+def test_a_small_weight_change_in_float32():
+    m = tiny.adapted("bert", targets=("fc1",), dtype=torch.float32)
+    layer, delta = m.layers[0].fc1, DeltaLoRA(m, 1.0, -1)
+    delta.before_step()
+    before = layer.lora_A.detach().double()
+    with torch.no_grad():
+        layer.lora_A[0, 0] += 1e-4
+    delta.after_step()
+    change = layer.lora_B.double() @ (layer.lora_A.double() - before)
+    expected = layer.scaling * change.norm().item()
+    assert delta.weight_change()["layers.0.fc1"] == pytest.approx(expected, rel=1e-3)

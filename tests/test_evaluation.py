@@ -5,7 +5,7 @@ import torch
 
 import lora
 import tiny
-from support import evaluation, glue
+from support import evaluation, glue, texts
 
 
 def examples_of(model, n=70):
@@ -51,3 +51,9 @@ def test_metrics_count_what_was_predicted():
     )
     assert evaluation.evaluate(model, task, examples)["accuracy"] == pytest.approx(right / 70)
     assert 0 < right < 70
+
+
+def test_of_equal_epochs_the_first_is_the_best():
+    for task, name in ((glue.TASKS["mrpc"], "accuracy"), (texts.TASKS["e2e"], "loss")):
+        assert not evaluation.better(task, {name: 0.5}, {name: 0.5})
+        assert evaluation.better(task, {name: 0.6}, {name: 0.5}) == (name == "accuracy")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from support import download, glue, hf_folder
+from support import download, glue, hf_folder, tasks
 
 
 def write(folder, text, name="train.tsv", encoding="utf-8"):
@@ -302,3 +302,30 @@ def test_the_hubs_test_sets_have_no_labels(monkeypatch):
     monkeypatch.setattr(glue, "load_from_hub", lambda _name, splits: [rows for _ in splits])
     found, note = glue.load_test("rte")
     assert found is None and "on the hub has no labels" in note
+
+
+def test_the_length_of_a_pair_is_128_where_nothing_is_said(tmp_path):
+    rows = [(("a " * 300, "b"), 0)]
+    ([example],), _ = glue.encode_splits([rows], tokenizer(tmp_path), None, 512)
+    assert len(example["input_ids"]) == 128
+
+
+def test_eval_records_are_of_dev_and_of_test(tmp_path):
+    rows = [(("a", "b"), 0)] * 5
+    found, _ = tasks.encode(
+        "mrpc",
+        (rows, rows, rows),
+        tokenizer(tmp_path),
+        tiny.config("bert"),
+        tmp_path,
+        max_length=None,
+        train_records=3,
+        eval_records=2,
+    )
+    assert [len(split) for split in found[:3]] == [3, 2, 2]
+
+
+def test_mnli_is_measured_on_the_matched_part():
+    task = glue.TASKS["mnli"]
+    assert (task.dev, task.test) == ("dev_matched.tsv", "test_matched.tsv")
+    assert (task.hub_dev, task.hub_test) == ("validation_matched", "test_matched")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dense
+import model
 import tiny
 from model import Config
 
@@ -277,3 +278,21 @@ def test_weights_that_cannot_be_computed_with():
 def test_lm_head_needs_a_causal_family():
     with pytest.raises(ValueError, match="causal family"):
         tiny.config("bert", head="lm")
+
+
+@pytest.mark.parametrize(("family", "places"), [("bert", 11), ("opt", 9), ("gpt2", 10)])
+def test_where_the_backbone_drops_out(family, places, monkeypatch):
+    """In each of 3 blocks attention's weights and both sub-layers' outputs; BERT's embeddings and
+    pooled token, GPT-2's embeddings.
+    """
+    m, seen = tiny.model(family, dropout=0.3).train(), []
+    attend = model.F.scaled_dot_product_attention
+
+    def attention(*args, dropout_p, **how):
+        seen.append((dropout_p, True))
+        return attend(*args, **how)
+
+    monkeypatch.setattr(model.F, "dropout", lambda x, p, on: seen.append((p, on)) or x)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", attention)
+    m(**tiny.batch(m.config))
+    assert seen == [(0.3, True)] * places

@@ -605,3 +605,15 @@ def test_a_product_without_an_inverse_is_refused():
     weights[2][0] = 0
     with pytest.raises(ValueError, match="one side of layer 0 have no inverse"):
         expressive_power.adapters(weights, target, (1, 1, 1))
+
+
+def test_the_penalty_stays_when_the_choice_is_final_and_when_that_is():
+    m = tiny.model("bert")
+    lora.inject(m, ("fc1",), r=3, adapter=adalora.AdaLoRALayer)
+    assert adalora.AdaLoRA(m, steps=13, interval=1, keep=0.5).last == 7
+    masks = adalora.AdaLoRA(m, steps=12, interval=1, keep=0.5)
+    masks.t = masks.last
+    for factor in masks.factors.values():
+        factor.grad = torch.zeros_like(factor)
+    masks.before_step()
+    assert m.layers[0].fc1.lora_A.grad.any()

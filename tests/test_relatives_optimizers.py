@@ -515,3 +515,23 @@ def test_bad_input(words, message, capsys):
     assert train.main(words.split()) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_rite_takes_the_rate_of_the_schedule():
+    m = tiny.adapted("bert", targets=("fc1",))
+    optimizer = METHODS["optimizer"]["lora_rite"](m, 1e-2, 0.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = m.layers[0].fc1.lora_B.detach().clone()
+    m(**tiny.batch(m.config)).loss.backward()
+    optimizer.step()
+    assert torch.equal(m.layers[0].fc1.lora_B, before)
+
+
+def test_lora_pro_solves_in_float64_what_is_float32():
+    """Two columns of B that are 1e-4 apart: in float32 the result is off by two thirds."""
+    A, B, G, _, gB, s = point()
+    B[:, 1] = B[:, 0] + 1e-4 * B[:, 1]
+    given = A, B, s * B.T @ G, gB
+    pairs = lora_pro.nearest(*given, s), lora_pro.nearest(*(x.float() for x in given), s)
+    exact, found = (s * B @ a.double() + s * b.double() @ A for a, b in pairs)
+    assert (found - exact).norm() < 1e-2 * exact.norm()

@@ -449,3 +449,26 @@ def test_examples_beside_their_references():
         "written     w 0", "written     w 3", "written     w 6",
     ]  # fmt: skip
     assert lines[:4] == ["prompt      p0", "written     w 0", "reference   r0", "reference   s0"]
+
+
+def test_a_split_is_measured_on_itself():
+    m = tiny.adapted("llama", head="lm")
+    splits = {"dev": some_examples(4), "test": some_examples(4, 9)}
+    run = types.SimpleNamespace(model=m, task=texts.TASKS["wikitext"], prompts={}, **splits)
+    found = {split: evaluation.measure(run, split)[0] for split in splits}
+    assert found == {split: evaluation.language(m, examples) for split, examples in splits.items()}
+    assert found["dev"] != found["test"]
+
+
+def test_untouched_is_before_the_first_step():
+    run = types.SimpleNamespace(task=texts.TASKS["describe"], step=3)
+    assert evaluation.of_untouched(run) == ""
+
+
+def test_the_length_of_an_example_is_the_tasks(tokenizer, tmp_path):
+    config = tiny.config("llama", head="lm", max_positions=900)
+    splits = [[("ab", ["c" * 500])], None, None]
+    ([[example], _, _], _, _) = texts.encode_splits(
+        "describe", splits, tokenizer, config, tmp_path, None
+    )
+    assert len(example["input_ids"]) == texts.TASKS["describe"].length == 128

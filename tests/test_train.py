@@ -531,3 +531,18 @@ def test_a_test_set_without_labels_is_one_line_and_the_run_goes_on(flags, tmp_pa
     assert train.main([*flags, "--test", "--out", str(out)]) == 0
     assert "has no test.tsv: no test result" in capsys.readouterr().out
     assert run_folder.read_log(out)[-1]["test"] is None
+
+
+def test_the_seed_reaches_the_head_the_pairs_the_order_and_new_ranks(flags):
+    one, two = (train.set_up(flags_of([*flags, "--seed", s])) for s in "01")
+    a, b = (lora.trainable(run.model) for run in (one, two))
+    drawn = [name for name in a if name.endswith(("lora_A", "classifier.weight"))]
+    assert len(drawn) > 2 and not [name for name in drawn if torch.equal(a[name], b[name])]
+    assert train.epoch_steps(one, 0) != train.epoch_steps(two, 0)
+    generators = [train.around_steps(run)["generator"] for run in (one, two)]
+    assert generators[0].initial_seed() != generators[1].initial_seed()
+
+
+def test_how_a_method_is_said():
+    said = describe(flags_of(["--preset", "delta-lora", "--delta-start", "1"]))
+    assert "lambda=2 K=1:" in said
