@@ -260,15 +260,14 @@ def test_notes_are_printed_before_the_first_step(folders, tmp_path, capsys):
     assert printed.index("--warmup 500 is as long as the run, 5 steps") < printed.index("epoch 1:")
 
 
-@pytest.mark.parametrize("name", proxies.PROXIES)
+# alpha_test is one of ten steps: too coarse to differ in three examples
+@pytest.mark.parametrize("name", [n for n in proxies.PROXIES if not n.startswith("alpha_test")])
 def test_proxies_without_data(name):
     """Other batches, other scores: of all proxies but those that are said to read none."""
     model = tiny.adapted("bert")
     first, second = (
         proxies.score(name, model, [tiny.batch(model.config, seed)]) for seed in (0, 1)
     )
-    if name.startswith("alpha_test"):  # of ten steps: too coarse to differ in three examples
-        return
     assert (first == second) == (name in proxies.WITHOUT_DATA)
 
 
