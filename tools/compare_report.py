@@ -250,8 +250,9 @@ def draw(lines, path):
 
     arms = finals(lines)
     names = sorted(arms, key=lambda n: (first(arms[n])["space"], list(arms).index(n)))
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(names)), layout="constrained")
     spaces = list(dict.fromkeys(first(arms[n])["space"] for n in names))
+    height = 1.2 + 0.32 * len(names) + 0.2 * len(spaces)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
     for row, name in enumerate(names):
         values = [100 * line["test"]["accuracy"] for line in arms[name].values()]
         colour = f"C{spaces.index(first(arms[name])['space'])}"
@@ -267,6 +268,6 @@ def draw(lines, path):
     for i, space in enumerate(spaces):
         axes.plot([], [], "o", color=f"C{i}", label=space)
     if spaces:
-        axes.legend(fontsize=8, loc="lower left")
+        figure.legend(fontsize=8, loc="outside lower center")  # over no dot
     figure.savefig(path, dpi=150)
     plt.close(figure)
