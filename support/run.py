@@ -6,6 +6,7 @@ What this file does not do: train or decide anything (train.py), formats (run_fo
 checkpoint.py, adapter_file.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -277,8 +278,10 @@ def beside_prompts(run, again):
     Args:
         again: bool, keep the splits of written.json that were not written to this time.
     """
-    path = run.folder / "written.json"
-    before = json.loads(path.read_text()) if again and path.is_file() else {}
+    before = {}
+    if again:
+        with contextlib.suppress(OSError, ValueError):  # gone or damaged: it is written anew
+            before = json.loads((run.folder / "written.json").read_text())
     return before | {
         split: [
             {"prompt": prompt.text, "written": text, "references": prompt.references}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -310,3 +311,13 @@ def test_the_default_task_is_the_models(tmp_path, model_folder):
     assert (args.task, args.epochs, args.batch_size) == ("describe", 1, 8)
     args = parse_flags(["--model", str(model_folder), "--task", "mrpc"], tasks.default)
     assert (args.epochs, args.batch_size) == (3, 16)
+
+
+@pytest.mark.parametrize("content", ['{"test": ["kept"]}', "{", None])
+def test_what_was_written_to_another_split_stays_unless_it_is_damaged(tmp_path, content):
+    if content:
+        (tmp_path / "written.json").write_text(content)
+    run = types.SimpleNamespace(folder=tmp_path, prompts={"dev": []}, written={"dev": []})
+    kept = {"test": ["kept"]} if content and len(content) > 1 else {}
+    assert train.runs.beside_prompts(run, True) == {**kept, "dev": []}
+    assert train.runs.beside_prompts(run, False) == {"dev": []}
