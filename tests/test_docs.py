@@ -30,6 +30,7 @@ import tokenize
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -607,6 +608,22 @@ def test_the_tables_of_a_study_are_what_its_lines_say(study, page):
     tables = [block for block in blocks if block.startswith("|")]
     assert tables
     none([table for table in tables if f"\n\n{table}\n\n" not in text])
+
+
+def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
+    """Mean, interval over seeds, interval over both: with random static, as the page has them."""
+    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
+    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
+    arms = compare_report.finals(lines)
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    told = {  # arm -> what the page says of it beside random static
+        "GRAD-NORM dynamic": "{:+.1f} ({:+.1f} … {:+.1f} over seeds, {:+.1f} … {:+.1f} over both)",
+        "random dynamic": "{:.1f} points below random static ({:.1f} … {:.1f}, {:.1f} … {:.1f})",
+    }
+    for arm, text in told.items():
+        _, mean, seeds, both = compare_report.compared(arms[arm], arms["random static"], labels)
+        mean = abs(mean) if "below" in text else mean
+        assert text.format(mean, *seeds, *both) in page
 
 
 def test_the_tables_of_the_scores_are_what_the_lines_say():

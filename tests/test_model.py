@@ -282,9 +282,7 @@ def test_lm_head_needs_a_causal_family():
 
 @pytest.mark.parametrize(("family", "places"), [("bert", 11), ("opt", 9), ("gpt2", 10)])
 def test_where_the_backbone_drops_out(family, places, monkeypatch):
-    """In each of 3 blocks attention's weights and both sub-layers' outputs; BERT's embeddings and
-    pooled token, GPT-2's embeddings.
-    """
+    """In 3 blocks attention and both sub-layers; of BERT and GPT-2 embeddings, of BERT the head."""
     m, seen = tiny.model(family, dropout=0.3).train(), []
     attend = model.F.scaled_dot_product_attention
 

@@ -24,7 +24,7 @@ dev part, the rest trains. GLUE's own dev set is not used.
 Training: 3 epochs, batch 16, AdamW, lr 1e-3, 30 steps of warm-up, then linear to 0. Scores come
 from the batches that train.py scores, the first 4 of 16 examples. ALPHA-TEST, which costs two steps
 a batch and module, sees every second of them: without that it would take a third of the time. A
-seed of both spaces takes about 37 minutes on one undisturbed thread.
+seed of both spaces took 44 to 78 minutes, one thread on a shared machine.
 
 A line of the file is one (space, seed, moment), written when it is complete. The same command goes
 on after an interruption: what is in the file is not measured again, but the training that leads to
