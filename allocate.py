@@ -143,7 +143,8 @@ def check_budget(budget, costs):
 def within_budget(scores, costs, budget, generator=None):
     """The set with the largest sum of scores whose parameters fit: an exact 0/1 knapsack.
 
-    Where no score is positive the choice is random: modules in random order, each that still fits.
+    Where no module that fits has a positive score the choice is random: modules in random order,
+    each that still fits.
 
     Args:
         scores: dict name -> float; larger = keep. 0 or below: never chosen while another is
@@ -162,14 +163,14 @@ def within_budget(scores, costs, budget, generator=None):
     check_budget(budget, costs)
     generator = generator or torch.Generator().manual_seed(0)
     order = shuffled(scores, generator)
-    if max(scores.values()) <= 0:
+    useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
+    if not useful:
         chosen, left = set(), budget
         for name in order:
             if costs[name] <= left:
                 chosen.add(name)
                 left -= costs[name]
         return chosen
-    useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
     values = np.array([scores[name] for name in useful], dtype=np.float64)
     weights = np.array([costs[name] for name in useful], dtype=np.int64)
     return {useful[i] for i in knapsack(values, weights, budget)}

@@ -12,8 +12,8 @@
     begin, end      |            | the pairs (A, B) at which a stretch of moving W began and ended
 
 When W moves. Algorithm 1 counts t from 0 and asks for t > K, strictly. So with start=K the weight
-moves first after optimizer step K + 2 (counted from 1), by P(K+2) - P(K+1), where P(n) is B A after
-n steps. start=-1 moves it from the first step on.
+moves first after optimizer step K + 2 (counted from 1), by lambda s (P(K+2) - P(K+1)), where P(n)
+is B A after n steps. start=-1 moves it from the first step on.
 
 What it comes to. The changes telescope: after T steps W_T - W_0 = lambda s (P(T) - P(K+1)). The
 effective weight is therefore W_0 + (1 + lambda) s P(T) - lambda s P(K+1): W_0 plus a matrix of rank
@@ -41,7 +41,7 @@ import math
 import torch
 from torch import nn
 
-from lora import adapters
+from lora import LoRALayer, adapters
 from support import large
 
 
@@ -84,6 +84,9 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
             )
         if layer.merged:
             raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
+        if type(layer) is not LoRALayer:
+            kind = type(layer).__name__
+            raise ValueError(f"{name} is a {kind}: Delta-LoRA is for the B A of a LoRALayer")
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight
@@ -185,8 +188,8 @@ class DeltaLoRA:
         Its scale is 1, and W is not needed.
 
         Returns:
-            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that never
-            was on. With single ranks R <= 2r + the ranks that are on.
+            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that is off
+            and has not moved its W. With single ranks R <= 3r, of a product of rank 2r at most.
         """
         result = {}
         for name, layer in self.adapters.items():

@@ -17,9 +17,11 @@ A module's name is "layers.{i}.{place}", with i the number of the block, from 0.
     delta_w()   | ΔW        | (out, in)  scaling * B A
     when_off    |           | "out": what is off leaves the forward pass; "frozen": it stays in it
     ranks_off   | k         | indices of the ranks that are off (support/switches.py); mostly []
+    R           |           | rank of a pair in a file: of the ranks that count, or of several pairs
 
 What this file does not do: decide which modules are on (allocate.py), train (train.py), adapt
-embeddings, LayerNorm or biases. What is given to it is checked in support/doors.py.
+embeddings, LayerNorm or biases. What is given to it is checked in support/doors.py. "Released",
+here and in other files, is said of the code of HeteroLoRA's authors (docs/deviations.md).
 """
 
 import torch
@@ -145,7 +147,7 @@ class LoRALayer(nn.Module):
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     def from_zero(self):
-        """The factor that starts at zero, (r, …): row k is zero until part k has learned."""
+        """The factor that starts at zero, (r, …): row k is zero until rank k has learned."""
         return self.lora_B.T  # (r, out)
 
     @staticmethod
@@ -275,8 +277,8 @@ def switch(model, on):
 def mark_trainable(model):
     """Adapters and head get requires_grad, all else is frozen; biases of the backbone never train.
 
-    The head is what is new for the task (model.head): the classifier, and a pooler that the
-    checkpoint did not bring.
+    The head is what is trained for the task (model.head): the classifier, and a pooler that the
+    checkpoint did not bring, or that is RoBERTa's.
 
     Returns:
         count_trainable(model).
@@ -450,7 +452,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     adapter_file.refuse_misfit(path, tensors, expected)
     for name, layer in layers.items():  # only now: a refused file leaves the model as it was
-        if layer.r == 0:  # Delta-LoRA, a module that never was on
+        if layer.r == 0:  # Delta-LoRA: it is off, and has not moved its W
             continue
         for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
             setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))

@@ -49,7 +49,7 @@ class Config:
 
     max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
     rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
-    Fields with a default are those of the LLaMA-like families, and those not from config.json.
+    Fields with a default are those that not every family has, and those not from config.json.
     """
 
     family: str  # key of families.FAMILIES; the model itself reads the fields below alone
@@ -68,7 +68,7 @@ class Config:
     final_norm: bool  # one more norm after the last block
     embed_norm: bool  # norm of the embeddings
     embed_dropout: bool  # dropout of the embeddings
-    pooler_in_head: bool = False  # the pooler belongs to the head: dropout before it, always new
+    pooler_in_head: bool = False  # RoBERTa's: dropout before the pooler, and it trains
     position_offset: int = 0
     type_vocab_size: int = 0
     rms_norm: bool = False  # RMSNorm, else LayerNorm
@@ -95,7 +95,7 @@ class Config:
         Args:
             hf: dict, config.json.
             overrides: fields of Config that the file does not decide: num_labels, head, dropout,
-                shortcut_norm.
+                shortcut_norm, base_dtype.
 
         Raises:
             ValueError: a family or feature that is not implemented, or a size that is missing.
@@ -318,7 +318,8 @@ class Block(nn.Module):
         # SA = W_o [softmax(Q K^T / sqrt(d_h) + mask) V for each head]
         mask = None if causal else key_mask  # padding is on the right: causal hides it
         p = self.config.dropout if self.training else 0.0
-        grouped = self.config.num_kv_heads < self.config.num_heads  # k and v are read as a a b b
+        # Grouped: each head of k and v stands for several of q, one after the other.
+        grouped = self.config.num_kv_heads < self.config.num_heads
         h = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=grouped
         )
@@ -352,8 +353,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
-    `head` names the parts that are new for the task and are trained beside the adapters;
-    load_pretrained leaves a pooler that came with the checkpoint out of it.
+    `head` names the parts that are trained for the task, beside the adapters; load_pretrained
+    leaves a pooler that came with the checkpoint out of it, but for RoBERTa's.
     """
 
     def __init__(self, config):
@@ -526,8 +527,8 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
     Returns:
         (Transformer in float32 and train mode, tokenizers.Tokenizer that encodes pairs as the
         family does). model.fresh names the modules that were drawn; model.head those that are
-        trained for the task: the classifier always, a pooler only if it is fresh. With base_dtype
-        "bf16" its frozen weights are in bfloat16 (support/large.py).
+        trained for the task: the classifier always, a pooler if it is fresh or RoBERTa's. With
+        base_dtype "bf16" its frozen weights are in bfloat16 (support/large.py).
 
     Raises:
         ValueError: a config, tensor or tokenizer that does not fit, all of them listed.

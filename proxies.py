@@ -87,7 +87,7 @@ def score(name, model, batches):
     if not any(scores.values()):
         warnings.warn(
             f"all {name} scores are zero: the choice is random; while lora_B is zero, "
-            "grad_norm, grasp, grad_norm_slot and snip_slot still tell modules apart",
+            "grad_norm, grasp and grad_norm_slot still tell modules apart",
             stacklevel=2,
         )
     return scores
@@ -391,7 +391,7 @@ def slot_gradients(model, batches):
     """{name: (W, dL/dW)} of the dense matrix in each place: the frozen weight, identity or zero.
 
     Both are (out, in). A shortcut has no matrix; while it is scored, its base is a Linear that
-    computes the same.
+    computes the same, up to rounding on a base in bfloat16.
     """
     with scoring(model) as layers:
         bases = {name: layer.base for name, layer in layers.items()}

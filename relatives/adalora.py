@@ -6,8 +6,9 @@
     b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3    ranks that stay after step t
 
 b is b_0 up to t_i, and b_T from T - t_f on; it is rounded down. Every `interval` steps E_k of all
-but the b(t) best triplets of all modules together is 0; A_k and B_k stay and learn, and a triplet
-can return. At T - t_f the choice is final, and is applied after every step.
+but the b(t) best triplets of all modules together is 0. A_k and B_k stay; E_k moves again with the
+next step, A_k and B_k with the one after it, and the triplet can return. At T - t_f the choice is
+final, and is applied after every step.
 
     name        | symbol    | shape
     lora_E      | E         | (r, 1)       a number for each rank
@@ -15,13 +16,14 @@ can return. At T - t_f the choice is final, and is applied after every step.
     uncertainty | U         | as the factor, b2 = 0.85
     total       | b_0       | r times the modules
     target      | b_T       | keep times that
-    warmup      | t_i       | a sixth of the steps, T
-    last        | T - t_f   | when half of the steps are left
+    warmup      | t_i       | ours: a sixth of the steps, T (the paper: for each task)
+    last        | T - t_f   | ours: when half of the steps are left
 
 w dL/dw is of before the step, as in the paper, and I and U follow up to the last choice; the
-published code takes the new w with the old gradient, and stops one step before. deviates: the mask
-of the published code drops every triplet of a tie; and the penalty is not clipped by --clip, where
-the paper's is a term of the loss (triplets.py).
+published code takes the new w with the old gradient, and stops one step before. deviates: the
+schedule as printed (appendix A) has t - t_i - t_f above the line, and is more than b_0 at first;
+this is the published code's, whose t is one less; its mask drops every triplet of a tie; and the
+penalty is not clipped by --clip, where the paper's is a term of the loss (triplets.py).
 
 What this file does not do: shortcuts, which keep all their ranks; costs: a rank counts as 1.
 """

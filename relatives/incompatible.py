@@ -85,7 +85,9 @@ INCOMPATIBLE = {  # method -> flag (other than its default), or flag and value -
         "--per-rank yes": "rank k of a block's A goes through rank k of its neighbours' B",
         "--when-off frozen": IN_NEIGHBOURS,
     },
-    "lora_rite": {"--per-rank yes": "its moments are made for r ranks, and ranks would go"},
+    "lora_rite": {
+        "--per-rank yes": "its moments have r ranks from the start: no resuming with less"
+    },
     "adalora": {
         **no_rule("the rule is made for a product B A, and the module is B diag(E) A"),
         "--adapter": "it brings an adapter of its own, B diag(E) A",

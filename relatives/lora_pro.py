@@ -16,11 +16,13 @@ Then AdamW, with moments of the size of A and B, each module's step counted from
 
 deviates: the inverses are pseudo-inverses, where the published code adds 1e-8 to the diagonal; so
 E does not change with (R A, B R^-1), and B = 0, where gA is 0, needs no branch: gA' = 0 and
-gB' = 1/s^2 gB (A A^T)^-1. Gram matrices are inverted in float64: squares halve the digits.
+gB' = 1/s^2 gB (A A^T)^-1. Gram matrices are inverted in float64: squares halve the digits. Adam's
+moments are of gA' and gB', as small as LoRA's: the authors keep those of E itself, two dense
+(out, in) matrices a module, and project what Adam makes of them once more onto A and B, a step that
+is blind to the basis of the ranks to first order. Ours is another step, and sees it.
 
-What this file does not do: the form that was released, which keeps Adam's moments of E itself, two
-dense (out, in) matrices a module, projects what they give once more, and whose bias correction is
-one step ahead (its first update is 0.744 of the usual one).
+What this file does not do: the authors' step (whose released bias correction is one step ahead, so
+that its first update is 0.744 of the usual one).
 """
 
 import torch

@@ -9,6 +9,7 @@ What this file does not do: scores of whole modules (proxies.py), choices (singl
 """
 
 import math
+import warnings
 
 from allocate import baseline_scores
 from proxies import factor_gradients, refuse_unscorable
@@ -28,13 +29,19 @@ def score_ranks(name, model, batches):
 
     Raises:
         ValueError: another proxy; or a score that is not finite.
+
+    Warns:
+        UserWarning: all scores are zero.
     """
     if name not in RANK_PROXIES:
         raise ValueError(
             f"proxy {name!r} does not tell ranks apart, allowed: {', '.join(RANK_PROXIES)}"
         )
     refuse_unscorable(model, batches)
-    return part_scores(name, model, batches)
+    scores = part_scores(name, model, batches)
+    if not any(map(any, scores.values())):
+        warnings.warn(f"all {name} scores are zero: the choice is random", stacklevel=2)
+    return scores
 
 
 def part_scores(name, model, batches):

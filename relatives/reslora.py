@@ -22,7 +22,8 @@ that it has no gradient anywhere. What it received is still passed on by reslora
 no part of a branch. A score made from factors counts a pair wherever it stands.
 
 deviates: block 0 of reslora_input has no x_{n-1}, the published code takes x_0 twice there; the
-same code's merge of input and middle by ratios of norms, which is not exact, is not done.
+same code's merge of input and middle by ratios of norms, which is not exact, is not done; and of
+reslora_block it drops out on the input of each pair anew, where here all pairs have one mask.
 
 What this file does not do: several pairs a module, which the published code adds over time.
 """

@@ -5,8 +5,8 @@
                 pair but stored as it is; and in it "shortcut_norm", where that is not "none": of
                 two keys the library writes either first, and equal runs have equal bytes
 
-The weight of a module that is enabled is W_0 + scaling * B A; a module with r = 0 was never on. One
-of kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
+The weight of a module that is enabled is W_0 + scaling * B A; one with r = 0 adds nothing. One of
+kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
 Enabled is what is in the forward pass: on, or off and frozen.
 
 What this file does not do: other formats (tools/peft).

@@ -2,10 +2,12 @@
 
     adapters     backpropagation by hand: G = dL/dy^T x, and a sum for each factor
     rules        AdamW written out; LoRA-Pro as a least squares problem of all r (m + n) unknowns;
-                 LoRA-RITE in the space of the weight, without a basis
+                 LoRA-RITE in the space of the weight, without a basis (the order of its moments and
+                 clips is that of its Algorithm 1, which test_rite_as_published holds against the
+                 authors' numbers)
     budgets      loops over triplets, ranks and places
 
-No formula is shared with relatives/ or with tools/oracle/.
+No line is shared with relatives/ or with tools/oracle/.
 """
 
 import itertools
@@ -267,7 +269,7 @@ def loraplus(lora_A, lora_B, lora_alpha, gradients, adamw, ratio):
 
 
 def preconditioned(A, B, gA, gB, delta):
-    """(B^T B + delta I)^-1 gA by elimination of the bordered system, and likewise for B."""
+    """(B^T B + delta I)^-1 gA by Cholesky's decomposition, and likewise for B."""
     eye = torch.eye(len(A)).to(A)
     cholesky = [torch.linalg.cholesky(m + delta * eye) for m in (B.T @ B, A @ A.T)]
     return torch.cholesky_solve(gA, cholesky[0]), torch.cholesky_solve(gB.T, cholesky[1]).T

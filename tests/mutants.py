@@ -157,6 +157,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("allocate.py", "np.argsort(-values / weights", "np.argsort(-values * weights", "items by value times weight", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ("allocate.py", "upper = lower + (reach - sum_w[stop]) * per_weight[stop]", "upper = lower", "no bound for the fractional part", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ("allocate.py", 'np.searchsorted(sum_w, reach, side="right") - 1', 'np.searchsorted(sum_w, reach, side="right").clip(max=len(v))', "an item that does not fit counts whole", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
+    ("allocate.py", "    if not useful:\n", "    if max(scores.values()) <= 0:\n", "nothing is on where the one good module is too large", f"{ALLOCATE}::test_of_what_fits_some_is_chosen_where_the_only_positive_score_is_too_large"),
     ("allocate.py", "if taken[state]:", "if not taken[state]:", "the complement is chosen", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ("allocate.py", "state = int(before[state])", "state = 0", "the way back through the states is lost", f"{ALLOCATE}::test_the_chosen_set_is_the_best_there_is"),
     ('allocate.py', 'return max(1, math.ceil(exact))', 'return max(1, math.floor(exact))', "interval rounded down", f"{ALLOCATE}::test_dynamic_schedule_counts_inside_each_epoch"),

@@ -22,6 +22,7 @@ from support import run_folder
 from tools import ablation
 
 DEV = 10
+EVEN, ROLLED = np.arange(8), (np.arange(8) + 1) % 8  # importances of results()'s two seeds
 NAMES = [f"layers.{i}.{place}" for i in range(4) for place in ("q_proj", "v_proj")]
 
 
@@ -340,6 +341,13 @@ def test_the_report_of_made_up_results(results, capsys):
     assert tables["wrong"] == [["-1.00 ± 0.00"] * 3, ["0.00 ± 0.00"] * 3]
     assert tables["alike"] == [["–"] * 3, ["0.25 ± 0.00"] * 3]
     assert tables["half"][0] == ["1.00 (1 of 2)"] * 3
+    # blocks 0, 0, 1, 1, 2, 2, 3, 3, whose ranks are 1.5, 1.5, 3.5, …: against 1 … 8 and 2 … 8, 1
+    correlations = [np.corrcoef(np.repeat([1, 2, 3, 4], 2), x)[0, 1] for x in (EVEN, ROLLED)]
+    half = (
+        12.706 * abs(correlations[0] - correlations[1]) / 2
+    )  # t of two seeds: 12.706 sd / sqrt(2)
+    assert tables["depth"][0] == [f"{np.mean(correlations):.2f} ± {half:.2f}"] * 3
+    assert tables["depth"][1] == ["0.75 ± 3.18"] * 3  # of blocks 3: both of the best two; one
     # ranks 0 … 7 against 1 … 7, 0: d = 1 seven times and 7 once, 1 - 6 * 56 / (8 * 63)
     assert tables["importance, another seed"] == [["0.33"] * 3, ["0.50"] * 3]
     for cells, centre in zip(tables["random"], (0, 0.25), strict=True):

@@ -167,6 +167,12 @@ def test_the_chosen_set_is_the_best_there_is(kind):
             assert sum(scores[x] for x in on) == pytest.approx(best, abs=1e-12)
 
 
+def test_of_what_fits_some_is_chosen_where_the_only_positive_score_is_too_large():
+    scores, costs = {"a": 1.0, "b": -1.0, "c": 0.0}, {"a": 100, "b": 10, "c": 10}
+    chosen = {frozenset(allocate.within_budget(scores, costs, 15, rng(s))) for s in range(20)}
+    assert chosen == {frozenset("b"), frozenset("c")}
+
+
 def test_three_hundred_modules_of_mixed_size():
     """No brute force here: no swap of one module for another, and no addition, is better."""
     g = rng(3)

@@ -10,6 +10,7 @@ import lora
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
+from relatives.dora import DoRA
 from support.flags import parse_flags
 from test_train import whole_and_interrupted
 from tools.faults import same
@@ -321,6 +322,12 @@ def tie(m):
             "has a trainable weight",
         ),
         (lora.merge, 1.0, 0, "is merged"),
+        (
+            lambda m: setattr(m.layers[0].fc1, "__class__", DoRA),
+            1.0,
+            0,
+            r"layers\.0\.fc1 is a DoRA: Delta-LoRA is for the B A of a LoRALayer",
+        ),
     ],
 )
 def test_refusals(change, ratio, start, message):

@@ -157,6 +157,9 @@ def test_random_choice_is_said(flags, tmp_path, capsys):
     args = [*static(flags), "--proxy", "synflow", "--out", str(tmp_path / "run")]
     assert train.main(args) == 0
     assert "note: all synflow scores are zero: the choice is random" in capsys.readouterr().out
+    by_rank = ["--proxy", "snip", "--per-rank", "yes", "--budget-params", "600", "--dry-run"]
+    assert train.main([*static(flags), *by_rank]) == 0
+    assert "note: all snip scores are zero: the choice is random" in capsys.readouterr().out
 
 
 def test_a_score_that_is_not_finite_stops_the_run(flags, tmp_path, monkeypatch, capsys):

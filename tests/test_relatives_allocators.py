@@ -188,7 +188,7 @@ def test_masks_are_due_at_the_interval_and_the_last_one_stands():
 
 
 def test_what_is_masked_can_return():
-    """Its E is 0, its A and B learn: with other scores it is chosen, and E moves from 0."""
+    """Its E is 0, its A and B stay: with other scores it is chosen, and E moves from 0."""
     m = with_e()
     masks, layer = masks_of(m, steps=100, keep=0.3), m.layers[0].fc1
     masks.t = 40

@@ -269,6 +269,26 @@ def test_rite_by_hand_in_the_space_of_the_other_factor(scales):
     assert (expected[0] - A).abs().max() > 0.02
 
 
+def test_rite_as_published():
+    """Three steps; the numbers are of the authors' code, gkevinyen5418/LoRA-RITE at c9bb451."""
+
+    def wave(p, t):
+        return (torch.arange(p.numel(), dtype=F64) ** 2 + t).sin().view(p.shape)
+
+    optimizer, layer = one_module(decay=0.1)
+    factors = layer.lora_A, layer.lora_B
+    for p, t in zip(factors, (0.5, 0.9), strict=True):
+        p.data.copy_(wave(p, t))
+    for t, scale in enumerate((0.02, 0.5, 0.1)):  # the second one is clipped
+        for p in factors:
+            p.grad = scale * wave(p, t)
+        optimizer.step()
+    A = [0.4586272435, -0.0102593185, -0.9557705881]
+    B = [0.7561978282, 0.8917996902, -0.9210294219]
+    assert layer.lora_A[:, 0].tolist() == pytest.approx(A, abs=1e-9)
+    assert layer.lora_B[0].tolist() == pytest.approx(B, abs=1e-9)
+
+
 def test_a_gradient_set_to_zero_is_left_out_of_the_norm_and_momentum_moves_on():
     optimizer, layer = one_module()
     layer.lora_A.grad, layer.lora_B.grad = torch.ones_like(layer.lora_A), 0 * layer.lora_B
@@ -501,7 +521,7 @@ def test_two_processes_equal_one(flags, tmp_path, monkeypatch, rule):
     [
         (
             "--optimizer lora_rite --allocate static --per-rank yes --budget-params 300",
-            "ranks would go",
+            "no resuming with less",
         ),
         ("--optimizer lora_pro --per-rank yes --budget-params 300", "moments of its own"),
         (

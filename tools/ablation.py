@@ -422,6 +422,13 @@ def of_proxy(name, pairs):
     return [agreement(a["scores"][name], b["importance"]) for a, b in pairs if name in a["scores"]]
 
 
+def of_depth(pairs):
+    """The same with the number of a module's block for its score: later blocks first."""
+    modules = pairs[0][1]["importance"]
+    scores = {name: float(name.split(".")[1]) for name in modules}
+    return [agreement(scores, measured["importance"]) for _, measured in pairs]
+
+
 def of_other_seeds(pairs):
     """The same with another seed's importance for scores: what the place tells in any run."""
     found = []
@@ -470,6 +477,7 @@ def tables(records):
     generator = np.random.default_rng(0)
     names = list(dict.fromkeys(n for record in records.values() for n in record["scores"]))
     rows = {n: ("proxy", [of_proxy(n, found[c]) for c in columns]) for n in names}
+    rows["depth"] = ("proxy", [of_depth(found[c]) for c in columns])
     rows["random"] = ("chance", [of_chance(found[c], generator) for c in columns])
     rows["importance, another seed"] = ("others", [of_other_seeds(found[c]) for c in columns])
     titles = [f"{s}, {a if a == b else f'{a} → {b}'}" for s, (a, b) in columns]
@@ -487,6 +495,7 @@ def explanation():
     return [
         "Score at one moment against importance at the same, or (start → end) at the end. Mean and",
         "95 % t-interval over the seeds, of these modules; – = undefined, all scores are alike.",
+        "depth: the number of the block, later ones first.",
         f"random: one order of the modules in all seeds, drawn {DRAWS:,} times: the mean, and",
         "where 95 % of the draws' means over the seeds lie. Another seed's importance: the mean",
         "over pairs of seeds; what knowing the place tells, without the run.",

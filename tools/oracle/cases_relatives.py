@@ -251,7 +251,7 @@ def adalora_cases():
         ("adalora_keep-ties", tied, 6, "ties: 6 all the same; any of the tied may stay"),
     ):
         arguments = {"scores": scores, "budget": keep}
-        cases.append(Case(name, "adalora_keep", arguments, more, "arXiv 2303.10512, Eq. 12"))
+        cases.append(Case(name, "adalora_keep", arguments, more, "arXiv 2303.10512, Eq. 6"))
     return cases
 
 

@@ -6,7 +6,7 @@ NotImplementedError, is reported as "not offered".
 
     tensors       torch, floating-point ones in float64 and then in float32; a candidate works in
                   the precision that it is given, and may change what it is given
-    scaling       lora_alpha / r everywhere, r = the number of rows of lora_A
+    scaling       lora_alpha / r everywhere, r = lora_A.shape[-2]
     lora_A        (r, in)
     lora_B        (out, r)
     weight        (out, in), as torch.nn.Linear stores it, except where `transposed` says otherwise

@@ -194,7 +194,7 @@ def adalora_schedule(total, target, warmup, final, steps):
         b(t) = target + (total - target) (1 - (t - warmup) / (steps - warmup - final))^3
         b(t) = target                                                 from t = steps - final on
 
-    rounded down (arXiv 2303.10512, Eq. 13).
+    rounded down (arXiv 2303.10512, appendix A, as its published code has it).
 
     Returns:
         [b(1), …, b(steps)], integers.
