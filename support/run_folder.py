@@ -77,13 +77,24 @@ def locked(folder):
     Raises:
         OSError: another process holds it, or the folder cannot be written.
     """
-    with open(folder / "lock", "a") as file:
+    with locked_file(folder / "lock", f"the run folder {folder}"):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path, what=""):
+    """A file, open for reading and appending, that this process alone may write.
+
+    Raises:
+        OSError: another process holds it, or it cannot be written. what: the words for it.
+    """
+    with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            message = f"another process is writing to the run folder {folder}: let it finish"
+            message = f"another process is writing to {what or path}: let it finish"
             raise BlockingIOError(message) from error
-        yield
+        yield file
 
 
 def create(folder, stack, flags, data):

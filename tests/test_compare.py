@@ -112,12 +112,18 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
         with pytest.raises(ValueError, match=rf"was run with {field} .*, the study says"):
             compare.check_lines(study, other, tmp_path)
     same, other = ({"train": {"examples": 9, "sha256": digest}} for digest in ("0a", "0b"))
-    for phase, arm, data in (("final", "a", same), ("tune", "a", other), ("final", "b", other)):
+    bases = [{"base": split["train"]} for split in (same, other)]
+    for phase, arm, data in (
+        ("final", "a", same | bases[0]),
+        ("tune", "a", other),  # of the tuning split
+        ("final", "b", same | bases[1]),  # a base is hashed with its names, the arm's own
+    ):
         lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
     compare.check_lines(study, lines, tmp_path)
-    lines.append({**line("final", "a", 1e-3, 3, 0.5), "data": other})
-    with pytest.raises(ValueError, match=r"'a' was run on other data .* in seed 3 than before"):
-        compare.check_lines(study, lines, tmp_path)
+    for arm, data, what in (("b", other, "train"), ("a", bases[1], "base")):
+        more = [*lines, {**line("final", arm, 1e-3, 3, 0.5), "data": data}]
+        with pytest.raises(ValueError, match=rf"'{arm}' was run on another {what} in seed 3 than"):
+            compare.check_lines(study, more, tmp_path)
 
 
 def test_without_widening_the_rates_that_are_listed_are_all_there_are(study):
@@ -279,7 +285,7 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| a | 18,432 | – | 0.001 | 2 | 71.5 ± 0.7 | 68.8 ± 8.8 |" in done.stdout
     assert "| b | 18,432 | 18,432 … 61,440 | 0.001 | 3 | " in done.stdout
     assert "| b − a | 2 | +25.0 | +25.0 … +25.0 | " in done.stdout
-    assert " | at 10 seeds |\n" in done.stdout and "5 final runs, 0 tune runs." in done.stdout
+    assert " | at 10 seeds |\n" in done.stdout and "5 final runs, 0 tune runs" in done.stdout
     assert (tmp_path / "r.png").stat().st_size > 5000
     unjudged = [{**x, "verdicts": False} if x["phase"] == "final" else x for x in lines]
     text = "\n".join(compare_report.report(unjudged))
@@ -584,15 +590,18 @@ def test_tuning_goes_seed_by_seed_and_rate_by_rate_with_the_arms_in_turn(study):
 
 
 def test_two_programs_do_not_make_one_study(study, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_study", lambda *_: None)
+    """Whatever folders they work in: it is one results file."""
+    monkeypatch.setattr(compare, "make_missing", lambda *_: None)
     monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
-    work = tmp_path / "w"
-    work.mkdir()
+    data = tiny.task_folder(tmp_path / "data")
+    (data / "test.tsv").write_bytes((data / "dev.tsv").read_bytes())
     words = ["run", str(tmp_path / "mini.toml"), "--results", str(tmp_path / "r.jsonl")]
-    with run_folder.locked(work):
-        assert compare.main([*words, "--work", str(work)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert compare.main([*words, "--work", str(work)]) == 0
+    words += ["--data-dir", str(data), "--work", str(tmp_path / "w")]
+    with run_folder.locked_file(tmp_path / "r.jsonl"):
+        assert compare.main(words) == 2
+    error = capsys.readouterr().err
+    assert "another process is writing to" in error and error.count("\n") == 1
+    assert compare.main(words) == 0
 
 
 def test_a_verdict_needs_both_intervals():

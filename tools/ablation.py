@@ -42,7 +42,6 @@ that is switched off after training is missed by the others, which were trained 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -293,7 +292,7 @@ def measure_all(args):
     versions = run_folder.versions()  # of the code that runs, whatever becomes of the checkout
     first = {space: prepare(args, space, args.seeds[0]) for space in args.spaces}
     args.out.parent.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves nothing behind
-    with locked(args.out) as file:
+    with run_folder.locked_file(args.out) as file:
         records = cut_torn_line(file, args.out)
         for record in records.values():
             if record["settings"] != settings:
@@ -320,17 +319,6 @@ def measure_all(args):
 
 
 # --------------------------------------------------------------------------------------------- file
-
-
-@contextlib.contextmanager
-def locked(path):
-    """The file, open for reading and appending; BlockingIOError where another process has it."""
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(f"another process is writing to {path}") from error
-        yield file
 
 
 def append(file, record):

@@ -15,7 +15,7 @@ No choice looks at dev, so a task without a labelled test set may be reported on
     study    | studies/NAME.toml: task, flags, splits, seeds, arms
     arm      | one setting of train.py's flags, with the arms that are its controls
     space    | what is adapted, and the budget: arms of one space are compared
-    order    | 1, 2, …: all arms of order 1 are tuned and finished before those of order 2
+    order    | 1, 2, …: arms of order 2 begin when no run of order 1 is left to start
     line     | one finished run in results/NAME.jsonl, or the labels of the test set
 
 What is missing is run, one thread each, seed by seed with the arms in turn, so that the lines of
@@ -147,16 +147,18 @@ def run_of(line):
 
 def check_lines(study, lines, path):
     """Raises ValueError where a line belongs to another study, or its arm has changed since."""
-    arms, data = {arm.name: arm for arm in study.arms}, {}
+    arms, before = {arm.name: arm for arm in study.arms}, {}
     for line in lines:
         if line["phase"] == "labels" or line["arm"] not in arms:
             continue  # an arm that the study no longer has stays on record
-        key = line["phase"], line["arm"]
-        if line.get("data") and data.setdefault(key, line["data"]) != line["data"]:
-            raise ValueError(
-                f"{path}: arm {line['arm']!r} was run on other data or another base in seed "
-                f"{line['seed']} than before: take its lines away, or bring the data back"
-            )
+        for what, found in line.get("data", {}).items():
+            # All arms have the same splits; a base is told with its names, which depend on the arm.
+            key = line["phase"], what, line["arm"] if what == "base" else ""
+            if before.setdefault(key, found) != found:
+                raise ValueError(
+                    f"{path}: arm {line['arm']!r} was run on another {what} in seed {line['seed']} "
+                    "than the runs before: take its lines away, or bring the data back"
+                )
         for field, value in about(study, arms[line["arm"]], run_of(line)).items():
             if line.get(field, value) != value:
                 raise ValueError(
@@ -373,19 +375,31 @@ def run_study(study, results, work, data_dir, jobs):
         KeyboardInterrupt: after the runs under way have saved themselves.
     """
     source = task_folder(study, data_dir, work)
-    split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
-    folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
-    lines = compare_report.read_results(results, mend=True)
-    check_lines(study, lines, results)
     labels, note = glue.load_test(study.task, source)
     if labels is None:
         raise ValueError(f"a study needs a test set with labels: {note}")
     labels = "".join(str(label) for _, label in labels)
+    with run_folder.locked_file(results):
+        split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
+        folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
+        make_missing(study, results, work, folders, labels, jobs)
+
+
+def make_missing(study, results, work, folders, labels, jobs):
+    """run_study, once the data are there and the results file is this process's own.
+
+    Args:
+        folders: dict phase -> folder with the task's files. labels: str, of the test set.
+    """
+    lines = compare_report.read_results(results, mend=True)
+    check_lines(study, lines, results)
     if not any(line["phase"] == "labels" for line in lines):
         append(results, {"phase": "labels", "task": study.task, "labels": labels})
         lines = compare_report.read_results(results)
     if lines[0].get("labels") != labels:
-        raise ValueError(f"{results} was made with another test set than {source}: use that one")
+        raise ValueError(
+            f"{results} was made with another test set than {folders['final']}: use that one"
+        )
     arms, active = {arm.name: arm for arm in study.arms}, {}
     finished = [line for line in lines if line["phase"] != "labels"]
     bar = tqdm(initial=len(finished), unit="run", smoothing=0, dynamic_ncols=True)
@@ -466,8 +480,7 @@ def main(argv=None):
         work = args.work or ROOT / "runs" / f"study-{study.name}"
         work.mkdir(parents=True, exist_ok=True)
         results.parent.mkdir(parents=True, exist_ok=True)
-        with run_folder.locked(work):
-            run_study(study, results, work, args.data_dir, args.jobs)
+        run_study(study, results, work, args.data_dir, args.jobs)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

@@ -48,9 +48,7 @@ def read_results(path, mend=False):
         return []
     whole, _, torn = path.read_text().rpartition("\n")
     if torn and mend:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(whole + "\n" if whole else "")
-        os.replace(temporary, path)
+        os.truncate(path, path.stat().st_size - len(torn.encode()))
     lines, seen = [], {}
     for number, text in enumerate(whole.split("\n") if whole else [], 1):
         try:
@@ -231,7 +229,9 @@ def report(lines):
         result += [""]
     tuned = sum(line["phase"] == "tune" for line in lines)
     total = sum(len(found) for found in arms.values())
-    return [*result, f"{total} final runs, {tuned} tune runs."]
+    commits = dict.fromkeys(line["commit"][:7] for line in lines if line.get("commit"))
+    made = f"; commit{'s' * (len(commits) > 1)} {', '.join(commits)}" if commits else ""
+    return [*result, f"{total} final runs, {tuned} tune runs{made}."]
 
 
 def first(found):
