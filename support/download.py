@@ -31,7 +31,7 @@ import urllib.request
 import zipfile
 
 from support import gguf_file
-from support.errors import one_line
+from support.errors import expanded, one_line
 
 HUB_SECONDS = 4.0
 REVISIONS = {  # hub id -> the commit that is loaded; other ids: ORG/NAME@REVISION, or the newest
@@ -104,7 +104,7 @@ def model_folder(name):
     if name == "smollm2-q4":
         return smollm2_q4_folder()
     name = SMOLLM2_REPO if name == "smollm2" else name
-    folder = pathlib.Path(name).expanduser()
+    folder = expanded(name)
     if folder.suffix == ".gguf" and not folder.is_dir():
         return gguf_folder(folder)
     if folder.is_dir():
@@ -208,7 +208,7 @@ def fetching(what):
 
 def cache_folder(*parts):
     """A path in our cache; the folder it lies in is created."""
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     path = root.joinpath("heterolora", *parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -47,11 +47,13 @@ def rope_fits(value, _):
     if kind == "default":
         return value.get("partial_rotary_factor", 1) == 1
     numbers = [value.get(key) for key in ROPE_KEYS] if kind == "llama3" else [None]
-    return all(type(n) in (int, float) and n > 0 for n in numbers) and numbers[1] < numbers[2]
+    return (
+        all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers) and numbers[1] < numbers[2]
+    )
 
 
 KINDS = {  # kind -> (what a value must be, test of a value given the fields read before it)
-    "size": ("a positive integer", lambda v, _: type(v) is int and v > 0),
+    "size": ("a positive integer", lambda v, _: type(v) is int and 0 < v < 2**31),
     "switch": ("true or false", lambda v, _: type(v) is bool),
     "epsilon": ("a number between 0 and 1", lambda v, _: type(v) is float and 0 < v < 1),
     "base": ("a number above 1", lambda v, _: type(v) in (int, float) and 1 < v < 1e12),

@@ -405,6 +405,12 @@ def describe(args):
     return f"{args.allocate} HeteroLoRA, {args.proxy}, {budget}: {name}"
 
 
+def exactly(value):
+    """A float as the command line takes it back, the same number: " 16", or "=-0.5"."""
+    short = f"{value:g}"
+    return "= "[value >= 0] + (short if float(short) == value else repr(value))
+
+
 def equal_budget_control(args, spent, costs):
     """The run that spends as much on every module alike, at the same scaling alpha / r.
 
@@ -437,7 +443,7 @@ def equal_budget_control(args, spent, costs):
         if value != default and name not in left_out:
             given[name] = ",".join(value) or "none" if isinstance(value, list) else value
     text = " ".join(
-        f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {shlex.quote(str(v))}"
+        f"--{k}{exactly(v)}" if isinstance(v, float) else f"--{k} {shlex.quote(str(v))}"
         for k, v in given.items()
     )
     return f"python train.py {text}", r * one

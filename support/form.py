@@ -12,7 +12,7 @@
 What this file does not do: read files (run_folder.py, checkpoint.py), convert what does not fit.
 """
 
-import math
+import sys
 
 from support.errors import shown
 
@@ -25,13 +25,13 @@ class Maybe:
 
 
 def count(value):
-    """Of steps, lines, examples: what an int from 0 up fits."""
-    return type(value) is int and value >= 0
+    """Of steps, lines, examples: what an int from 0 up fits, of 64 bits."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def finite(value):
-    """An int or float that is neither infinite nor NaN."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """An int or float that is neither infinite nor NaN, nor an int that no float holds."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def misfit(value, form, where="the content"):

@@ -169,6 +169,8 @@ def generate(
     vocabulary = model.config.vocab_size
     if type(num_beams) is not int or not 1 < num_beams <= vocabulary // 2:
         raise ValueError(f"num_beams is {num_beams}, allowed: an integer from 1 to vocab_size / 2")
+    if not abs(length_penalty) <= 10:
+        raise ValueError(f"length_penalty is {length_penalty}, allowed: a number from -10 to 10")
     if sampling:
         raise ValueError(f"{', '.join(sampling)} beside num_beams: beams are not sampled")
     mask, eos = checked(model, input_ids, max_new_tokens, attention_mask, eos_token_ids)

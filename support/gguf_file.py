@@ -111,8 +111,9 @@ def convert(path, folder):
     except (ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # By way of bytes: a full disk is then an OSError, and none of the libraries' own kinds.
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -56,10 +56,12 @@ def cast_base(model, base_dtype):
         base_dtype: "fp32" or "bf16".
 
     Raises:
-        ValueError: another name.
+        ValueError: another name; or the model is merged.
     """
     if base_dtype not in DTYPES:
         raise ValueError(f"base_dtype is {base_dtype!r}, allowed: {', '.join(DTYPES)}")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError("the model is merged: call unmerge(model) first, or B A is rounded with W")
     for name, parameter in model.named_parameters():
         if not stays_wide(name, model.head):
             parameter.data = parameter.data.to(DTYPES[base_dtype])

@@ -9,7 +9,6 @@ checkpoint.py, adapter_file.py).
 import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 import types
 from pathlib import Path
@@ -281,7 +280,8 @@ def beside_prompts(run, again):
     before = {}
     if again:
         with contextlib.suppress(OSError, ValueError):  # gone or damaged: it is written anew
-            before = json.loads((run.folder / "written.json").read_text())
+            found = run_folder.read_json(run.folder / "written.json")
+            before = found if isinstance(found, dict) else {}
     return before | {
         split: [
             {"prompt": prompt.text, "written": text, "references": prompt.references}

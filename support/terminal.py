@@ -12,9 +12,11 @@ import signal
 import sys
 import warnings
 
+import torch
 from tqdm import tqdm
 
 from support import distributed
+from support.errors import one_line
 from support.run import CannotGoOn
 
 
@@ -80,10 +82,16 @@ def silent():
 def carry_through(run, begin):
     """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
     folder = shlex.quote(str(run.folder))  # to paste
+    before = signal.getsignal(signal.SIGTERM)
+    if distributed.world() == 1:  # of several, torchrun ends the others when one is gone
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also outside the loop
     try:
         begin()
-    except CannotGoOn as error:
-        print(f"train.py: {error}; try a smaller --lr, --clip 1 or --warmup 50", file=sys.stderr)
+    except (CannotGoOn, torch.linalg.LinAlgError) as error:  # of a rule that inverts matrices
+        print(
+            f"train.py: {one_line(error)}; try a smaller --lr, --clip 1 or --warmup 50",
+            file=sys.stderr,
+        )
         if run.folder and (run.folder / "checkpoint.pt").exists():
             print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
         return 1
@@ -97,6 +105,8 @@ def carry_through(run, begin):
         where = f"; go on from the last checkpoint: --resume {folder}" if run.folder else ""
         print(f"stopped at once{where}")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if run.stop:
         command = f"{distributed.command()} train.py --resume {folder}"
         print(f"stopped and saved; go on with: {command}")

@@ -162,6 +162,7 @@ def test_dev_stands_for_the_test_set_where_the_study_says_so(study, tmp_path):
         ("seeds = [1, 2]", "seeds = [100]", "in tune and in final"),
         ("seeds = [1, 2]", 'seeds = [1]\ntest = "train"', "'train', allowed: test, dev"),
         ("task =", "tusk =", "KeyError.*task"),
+        ('task = "mrpc"', 'task = "stsb"', "task is 'stsb', a study compares accuracy: .*mrpc"),
         ("[tune]", "[tune", "TOML"),
     ],
 )
@@ -200,9 +201,10 @@ def test_a_torn_last_line_is_mended_and_nothing_is_counted_twice(tmp_path):
     compare.append(path, one)
     with pytest.raises(ValueError, match=r"r\.jsonl:3 is the run of line 1 again"):
         compare_report.read_results(path)
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"r\.jsonl:1 is no line of a study"):
-        compare_report.read_results(path)
+    for content in ("{}\n", "[" * 10**5 + "\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"r\.jsonl:1 is no line of a study"):
+            compare_report.read_results(path)
 
 
 # ---------------------------------------------------------------------------------------- intervals

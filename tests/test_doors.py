@@ -323,6 +323,8 @@ def test_forms():
     [
         ({"scaling": float("inf")}, "scaling is inf, expected finite"),
         ({"scaling": "2"}, "scaling is '2', expected finite"),
+        ({"scaling": 10**400}, ", expected finite"),
+        ({"r": 10**400}, ", expected count"),
         ({"r": -1}, "r is -1, expected count"),
         ({"r": 2.0}, "r is 2.0, expected count"),
         ({"enabled": "no"}, "enabled is 'no', expected bool"),

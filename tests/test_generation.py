@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -208,6 +209,8 @@ def test_the_model_is_left_as_it_was():
         ({"top_p": 0.5}, "do nothing at temperature 0"),
         ({"length_penalty": 2.0}, "length_penalty does nothing without beams"),
         ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_beams": 2, "length_penalty": 1e6}, "length_penalty is 1000000.0"),
+        ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty is nan"),
         ({"num_beams": 2, "temperature": 1.0}, "temperature beside num_beams"),
     ],
 )

@@ -220,6 +220,16 @@ def test_damaged_files_are_one_line(tmp_path):
     assert list((tmp_path / "cache" / "heterolora" / "gguf").iterdir()) == []
 
 
+def test_a_full_disk_is_the_operating_systems_error(tmp_path, monkeypatch):
+    """Not a kind of the libraries' own, which no command line expects."""
+    path = write_gguf(tmp_path / "m.gguf", tiny.model("llama", head="lm"))
+    for name in ("model.safetensors", "tokenizer.json"):
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)  # where a file should be
+        with pytest.raises(OSError, match=name):
+            gguf_file.convert(path, folder)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -226,6 +226,11 @@ def test_a_name_with_and_without_prefix_is_refused(tmp_path):
         load_pretrained(str(tiny.bert_folder(tmp_path / "m", tensors)))
 
 
+def test_a_base_dtype_of_another_name(tmp_path):
+    with pytest.raises(ValueError, match="base_dtype is 'bfloat16', allowed: fp32, bf16"):
+        load_pretrained(str(tiny.bert_folder(tmp_path / "m")), base_dtype="bfloat16")
+
+
 def test_unreadable_files(tmp_path):
     folder = tiny.bert_folder(tmp_path / "m")
     whole = (folder / "model.safetensors").read_bytes()

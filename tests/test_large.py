@@ -204,6 +204,8 @@ def test_merging_into_bf16_is_refused_and_into_its_numbers_in_float32_exact():
     rounded = model.layers[0].fc1.base.weight.float()
     large.cast_base(model, "fp32")
     lora.merge(model)
+    with pytest.raises(ValueError, match=r"is merged: call unmerge\(model\) first"):
+        large.cast_base(model, "bf16")
     layer = model.layers[0].fc1
     expected = rounded.double() + 5 / 3 * (layer.lora_B.double() @ layer.lora_A.double())
     torch.testing.assert_close(layer.base.weight.double(), expected, rtol=1e-6, atol=1e-6)

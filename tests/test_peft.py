@@ -175,7 +175,8 @@ def test_the_base_of_an_export_is_named_as_what_it_is(tmp_path, monkeypatch):
     there = tmp_path / "a@b"
     there.mkdir()
     for name in ("minilm", "smollm2", "smollm2-q4", "some/name", "some/name@0a1", str(there)):
-        run = made_up_run(tmp_path / name.replace("/", "-"), {"model": name})
+        rows = {"layers.0.q_proj.lora_B": torch.ones(24, 2)}
+        run = made_up_run(tmp_path / name.replace("/", "-"), {"model": name}, rows)
         config = writing.export(run, tmp_path / f"{run.name}-out")
         found[name] = config["base_model_name_or_path"], config["revision"]
     assert found == {
@@ -583,6 +584,57 @@ def test_a_run_that_does_not_export_is_one_line(tmp_path, changes, message, caps
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+ELSEWHERE = {f"{n}.lora_{k}": torch.ones(2, 2) for n in ("foo", "layers.9.q_proj") for k in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tensors": {"classifier.weight": torch.full((2, 12), math.nan)}},
+            "is not a tensor of finite",
+        ),
+        ({"tensors": {"classifier.weight": torch.ones(2, 11)}}, "the model's is (2, 12)"),
+        ({"tensors": {"score.weight": torch.ones(2, 12)}}, "'score.weight', which no bert model"),
+        (
+            {"tensors": {"layers.0.q_proj.lora_A": torch.ones(2, 11)}},
+            "delta W is (12, 11), the layer is (12, 12)",
+        ),
+        ({"tensors": ELSEWHERE, "about": "foo"}, "'foo', which no bert model has"),
+        ({"tensors": ELSEWHERE, "about": "layers.9.q_proj"}, "is no layer that we adapt in a bert"),
+        ({"flags": {"model": 5}}, "model is 5, no name"),
+        ({"flags": {"model": None}}, "model is None, no name"),
+    ],
+)
+def test_what_is_not_of_the_runs_model_is_not_exported(tmp_path, changes, message, capsys):
+    """Nothing is written: neither a NaN nor a name that PEFT would drop in silence."""
+    base = tiny.bert_folder(tmp_path / "base")
+    flags = {"model": str(base), **changes.get("flags", {})}
+    about = changes.get("about")
+    about = about and {about: {"r": 2, "scaling": 0.5, "enabled": True}}
+    run = made_up_run(tmp_path / "run", flags, changes.get("tensors", {}), about)
+    assert tool.main(["export", str(run), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run"]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_shortcuts_that_no_model_has_a_place_for_stay_at_home(
+    tmp_path, monkeypatch, family, capsys
+):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": family}))
+    monkeypatch.setattr(writing.download, "model_folder", lambda name: base)
+    run = made_up_run(tmp_path / "run")
+    out = str(tmp_path / "out")
+    assert tool.main(["export", str(run), out, "--keep-shortcuts"]) == 2
+    assert f"a {family} model has no place for shortcuts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main(["export", str(run), out, "--keep-shortcuts", "--drop-shortcuts"])
 
 
 def test_a_run_of_a_version_without_a_flag(tmp_path):

@@ -678,6 +678,16 @@ def test_an_adapter_without_targets_is_refused():
         parse_flags(["--adapter", "tied", "--targets", "none"])
 
 
+def test_the_control_has_the_very_numbers_of_the_run():
+    """16 / 12 per rank is no number of six digits; a rate of eight has eight."""
+    text = "--lr 0.0012345678 --r 12 --lora-alpha 16 --shortcuts none --delta-ratio -0.5"
+    args = parse_flags([*text.split(), "--allocate", "static"])
+    command, _ = equal_budget_control(args, 7 * 20, {"a": 120, "b": 120})
+    control = parse_flags(command.split()[2:])
+    assert (control.r, control.lr, control.delta_ratio) == (7, 0.0012345678, -0.5)
+    assert control.lora_alpha == 16 / 12 * 7
+
+
 def test_the_control_is_of_equal_cost_or_none():
     """None where the parameters are not r times those of rank 1."""
     for kind in ADAPTERS:

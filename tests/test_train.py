@@ -406,6 +406,26 @@ def test_a_parameter_that_the_last_step_breaks_is_noticed(flags, tmp_path, monke
     assert weights(out)["position"]["step"] == 5 and not (out / "adapter.safetensors").exists()
 
 
+def test_a_rule_that_cannot_invert_a_matrix_any_more_is_one_line(flags, tmp_path, capsys):
+    """The loss is still a number when a matrix of a diverging run is none any more."""
+    text = "--optimizer lora_rite --lr 1e15 --weight-decay 0 --warmup 0 --schedule constant"
+    assert train.main([*flags, *text.split(), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "train.py: " in error and "try a smaller --lr" in error and "Traceback" not in error
+
+
+def test_sigterm_after_the_last_step_is_said(flags, tmp_path, monkeypatch, capsys):
+    """While a long test set is read, say: nothing is lost, and the next command is told."""
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.measures, "at_the_end", lambda _: signal.raise_signal(signal.SIGTERM))
+        assert train.main([*flags, "--out", str(out)]) == 130
+    assert f"go on from the last checkpoint: --resume {out}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert train.main(["--resume", str(out)]) == 0
+    assert events(out)[-1]["event"] == "done"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -419,6 +439,8 @@ def test_a_parameter_that_the_last_step_breaks_is_noticed(flags, tmp_path, monke
         ("--max-length 50", "--max-length is 50, .* has 40 positions"),
         ("--model ./nowhere", "no model folder"),
         ("--data-dir nowhere", "no data folder"),
+        ("--data-dir ~nobody-of-that-name/x", "no folder at ~nobody-of-that-name/x"),
+        ("--model ~nobody-of-that-name/x", "no folder at ~nobody-of-that-name/x"),
         ("--device tpu9", "--device 'tpu9' cannot be used"),
         ("--unknown 1", "unrecognized arguments: --unknown 1; python train.py --help lists all"),
         ("--bacth-size=3", "unrecognized arguments: --bacth-size=3; did you mean --batch-size?"),

@@ -347,7 +347,7 @@ def parse(content, path):
             modules = set(record["importance"])
             wrong = [n for n, scores in record["scores"].items() if set(scores) != modules]
             complete = {"settings", "loss", "seconds", "versions"} <= set(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is no line of this tool's results") from error
         if key[2] not in MOMENTS or not modules or wrong or not complete:
             raise ValueError(f"{path}:{number} is no line of this tool's results")

@@ -56,7 +56,7 @@ def read_results(path, mend=False):
             key = line["phase"], line.get("arm"), line.get("lr"), line.get("seed")
             if line["phase"] not in ("labels", "tune", "final"):
                 raise ValueError(f"phase {line['phase']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is no line of a study: {error!r}") from error
         if key in seen:
             raise ValueError(f"{path}:{number} is the run of line {seen[key]} again: take one away")

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from support import checkpoint, glue, run_folder
+from support.errors import one_line
 
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
@@ -328,17 +329,25 @@ def main(argv=None):
     parser.add_argument("--model", default="minilm", help="as of train.py (default: minilm)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args(argv)
+    names = args.methods.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        parser.error(f"--methods {', '.join(unknown)}: allowed: {', '.join(METHODS)}")
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         task = small_task(Path(folder) / "task")
         common = f"--task mrpc --data-dir {task} --model {args.model} --epochs 3 --r 2 --device cpu"
-        for name in args.methods.split(","):
+        for name in names:
             (work := Path(folder) / name).mkdir()
             flags = [*METHODS[name].split(), *common.split(), "--batch-size", "8"]
-            bad += method(name, work, flags, args.kills, rng)
-            (work / "torchrun").mkdir()
-            bad += method_under_torchrun(name, work / "torchrun", flags, rng)
+            try:
+                bad += method(name, work, flags, args.kills, rng)
+                (work / "torchrun").mkdir()
+                bad += method_under_torchrun(name, work / "torchrun", flags, rng)
+            except RuntimeError as error:
+                print(f"faults.py: {one_line(error, 600)}", file=sys.stderr)
+                return 2
     print(f"{bad} of the trials ended otherwise" if bad else "every trial ended as it should")
     return 1 if bad else 0
 

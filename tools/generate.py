@@ -27,7 +27,7 @@ from support.errors import one_line  # noqa: E402
 
 
 def load(args):
-    """(model in eval mode, tokenizer, form and ends as in prompts.py, the run's task or None)."""
+    """(model in eval mode, tokenizer, form and ends as in prompts.py, the task's name)."""
     flags = run_folder.read_config(args.run) if args.run else {"model": args.model}
     name = flags.get("model")
     if not isinstance(name, str):
@@ -35,11 +35,11 @@ def load(args):
     how = {key: flags[key] for key in ("shortcut_norm", "base_dtype") if key in flags}
     model, tokenizer = load_pretrained(name, head="lm", **how)
     if args.run and not args.no_adapter:
-        kind = METHODS["adapter"].get(flags.get("adapter"), lora.LoRALayer)
+        kind = METHODS["adapter"].get(str(flags.get("adapter")), lora.LoRALayer)
         lora.load_adapter(model, args.run, adapter=kind)
     form, specials = prompts.read_form(download.model_folder(name))
     ends = prompts.ends_of(tokenizer, model.config.eos_token_ids, specials)
-    return model.eval(), tokenizer, form, ends, flags.get("task")
+    return model.eval(), tokenizer, form, ends, str(flags.get("task"))
 
 
 def ids_of(args, tokenizer, form, ends, task):
@@ -78,6 +78,9 @@ def write(args):
     ids = ids_of(args, tokenizer, form, ends, task)
     prompt = torch.tensor([ids])  # (1, t)
     limit = min(args.max_new_tokens, model.config.max_positions - len(ids))
+    if limit < 1 <= args.max_new_tokens:
+        most = model.config.max_positions - 1
+        raise ValueError(f"the prompt has {len(ids)} tokens, allowed: {most} at most")
     if args.num_beams > 1:
         how = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
         print(tokenizer.decode(model.generate(prompt, limit, **how)[0].tolist()))

@@ -18,7 +18,6 @@ What this file does not do: train, decide.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -41,7 +40,10 @@ from tools import plot_block
 ROOT = Path(__file__).resolve().parents[1]
 ZERO = 1e-10  # of the largest singular value: what is below is rounding
 FLOOR = 1e-12  # of the largest singular value: what is below is drawn here
-DAMAGED = (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError)
+DAMAGED = (
+    *(KeyError, TypeError, IndexError, AttributeError, ArithmeticError),
+    safetensors.SafetensorError,
+)
 
 # --------------------------------------------------------------------------------------- allocation
 
@@ -104,7 +106,7 @@ def allocation(folder, path):
     """
     source = folder / "allocation.json"
     try:
-        content = json.loads(source.read_text())
+        content = run_folder.read_json(source)
         r = run_folder.read_config(folder)["r"]
         history, budget = content["history"], content["budget"]
         limit = ", ".join(f"{k} {v}" for k, v in budget.items())

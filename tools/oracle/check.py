@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from support.errors import one_line
 from tools.oracle import causes, golden, ours, ours_adapters, ours_rules
 from tools.oracle.cases import PROXY_TEXTS
 
@@ -134,7 +135,10 @@ def choice_error(function, arguments, got, expected):
     scores = arguments["scores"]
     if not isinstance(got, KINDS_OF_SETS):
         return math.inf, f"result: {type(got).__name__}, not a set of names"
-    got = set(got)
+    try:
+        got = set(got)
+    except TypeError as error:  # of lists
+        return math.inf, f"result: {one_line(error)}, not a set of names"
     if "error" in expected:
         return math.inf, f"{len(got)} modules, where a ValueError belongs"
     unknown = got - set(scores)

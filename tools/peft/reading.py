@@ -239,6 +239,21 @@ def read(folder, model):
     return pairs, parameters
 
 
+def refuse_unreadable(folder, name):
+    """Raises ValueError where a folder that was written does not read, or not with its model.
+
+    Args:
+        folder: of an adapter, whose shortcuts, if it has any, are left out of account.
+        name: of the model, as of train.py.
+    """
+    config, found, head, problems = read_folder(folder)
+    places = lora.RESIDUALS + lora.CROSS
+    linear = {path: pair for path, pair in found.items() if not path.endswith(places)}
+    problems += fit(config, linear, head, shapes_of(name, labels_of(head)))[2]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def put(model, pairs, head):
     """LoRALayers for the pairs, and the head, into a model that has no adapters; in place."""
     for name, pair in pairs.items():

@@ -17,8 +17,10 @@ What this file does not do: train, read PEFT folders (reading.py).
 """
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 
 import lora
 from support import adapter_file, download, hf_folder, run_folder
+from support.errors import shown
 from support.families import FAMILIES
 
 ROOT = "base_model.model."
@@ -99,6 +102,8 @@ def read_run(folder):
     absent = [name for name in RUN_FLAGS if name not in flags]
     if absent:
         raise ValueError(f"{folder}/config.json has no flag {', '.join(absent)}")
+    if not isinstance(flags["model"], str):
+        raise ValueError(f"{folder}/config.json: model is {shown(flags['model'])}, no name")
     path = Path(folder) / "adapter.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
@@ -249,18 +254,30 @@ def peft_files(pairs, head, family, base, pad=False, dropout=0.0):
     return config, tensors
 
 
+def refuse_unknown(run, pairs, head, family):
+    """Raises ValueError where a module or a head has no name in the family, before it is named."""
+    layers = re.compile(r"layers\.\d+\.(\w+)")
+    places = {*FAMILIES[family].layer, *lora.RESIDUALS, *lora.CROSS}
+    unknown = [n for n in pairs if not (m := layers.fullmatch(n)) or m[1] not in places]
+    unknown += [n for n in head if n.rpartition(".")[0] not in HEADS.get(family, ())]
+    if unknown:
+        said = ", ".join(shown(name) for name in unknown[:3])
+        raise ValueError(f"{run}/adapter.safetensors has {said}, which no {family} model has")
+
+
 def refuse_filled(folder):
     """Raises FileExistsError where there is something: nothing is ever overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: give another one")
 
 
-def write_peft(folder, config, tensors, *copied):
+def write_peft(folder, config, tensors, *copied, check=None):
     """Write a PEFT adapter folder, whole or not at all; the same content gives the same bytes.
 
     Args:
         folder: path, new or empty. config, tensors: as peft_files returns them.
         copied: paths of files to lay beside them, where they exist.
+        check: function of the folder as it was written, before it is in its place.
 
     Raises:
         FileExistsError: the folder holds something. OSError: it cannot be written.
@@ -280,6 +297,8 @@ def write_peft(folder, config, tensors, *copied):
         for path in copied:
             if path.is_file():
                 shutil.copy(path, new)
+        if check:
+            check(new)
         new.replace(folder)
 
 
@@ -296,9 +315,11 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         the content of adapter_config.json.
 
     Raises:
-        ValueError: shortcuts that a stock model has no place for, --shortcut-norm reuse, or
-            nothing on. OSError: see read_run, write_peft.
+        ValueError: shortcuts that no model has a place for, --shortcut-norm reuse, nothing on, or
+            an adapter that is not the model's. OSError: see read_run, write_peft.
     """
+    from tools.peft import prepare, reading  # here, because reading.py is built on this file
+
     flags, pairs, head = read_run(run)
     if flags["shortcut_norm"] == "reuse" and flags["shortcuts"] in ("cross", "all"):
         raise ValueError("--shortcut-norm reuse adds LayerNorms that no transformers model has")
@@ -306,6 +327,10 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         pairs = without_shortcuts(pairs, drop_shortcuts)
     name = flags["model"]
     family = hf_folder.read_config(download.model_folder(name)).get("model_type")
+    refuse_unknown(run, pairs, head, family)
+    stack = FAMILIES[family].prefix + FAMILIES[family].stack
+    if keep_shortcuts and stack not in prepare.STACKS:
+        raise ValueError(f"a {family} model has no place for shortcuts, not even after prepare()")
     base, _, revision = (HUB_IDS.get(name, name) or "").partition("@")
     if Path(name).exists():  # a folder, whose name may have an @
         base, revision = name, ""
@@ -313,5 +338,9 @@ def export(run, folder, pad=False, drop_shortcuts=False, keep_shortcuts=False):
         pairs, head, family, base or None, pad, dropout=flags["lora_dropout"]
     )
     config["revision"] = revision or download.REVISIONS.get(base)
-    write_peft(folder, config, tensors, Path(run) / "allocation.json")
+    try:
+        check = functools.partial(reading.refuse_unreadable, name=name)
+        write_peft(folder, config, tensors, Path(run) / "allocation.json", check=check)
+    except ValueError as error:
+        raise ValueError(f"{run}/adapter.safetensors does not fit {name}: {error}") from error
     return config
