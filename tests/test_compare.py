@@ -120,7 +120,7 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
     ):
         lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
     compare.check_lines(study, lines, tmp_path)
-    for arm, data, what in (("b", other, "train"), ("a", bases[1], "base")):
+    for arm, data, what in (("c", other, "train"), ("a", bases[1], "base")):
         more = [*lines, {**line("final", arm, 1e-3, 3, 0.5), "data": data}]
         with pytest.raises(ValueError, match=rf"'{arm}' was run on another {what} in seed 3 than"):
             compare.check_lines(study, more, tmp_path)

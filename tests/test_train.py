@@ -416,12 +416,17 @@ def test_a_rule_that_cannot_invert_a_matrix_any_more_is_one_line(flags, tmp_path
 
 def test_sigterm_after_the_last_step_is_said(flags, tmp_path, monkeypatch, capsys):
     """While a long test set is read, say: nothing is lost, and the next command is told."""
-    out, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.measures, "at_the_end", lambda _: signal.raise_signal(signal.SIGTERM))
-        assert train.main([*flags, "--out", str(out)]) == 130
+    out, mine = tmp_path / "run", lambda *_: None
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with monkeypatch.context() as patch:
+            send = lambda _: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+            patch.setattr(train.measures, "at_the_end", send)
+            assert train.main([*flags, "--out", str(out)]) == 130
+        assert signal.getsignal(signal.SIGTERM) == mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert f"go on from the last checkpoint: --resume {out}" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == before
     assert train.main(["--resume", str(out)]) == 0
     assert events(out)[-1]["event"] == "done"
 
