@@ -626,6 +626,32 @@ def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
         assert text.format(mean, *seeds, *both) in page
 
 
+def test_what_is_told_of_single_ranks_is_of_the_lines():
+    """What changes at a decision, where the free ranks are, and what is stored."""
+    arms = compare_report.finals(compare_report.read_results(ROOT / "results" / "mrpc.jsonl"))
+    changed, late, stored = {}, {}, {}
+    for name in ("GRAD-NORM", "random"):
+        lines = list(arms[f"{name} on single ranks, dynamic"].values())
+        histories = [[on for _, on in line["decisions"]] for line in lines]
+        sets = [[{(m, k) for m in on for k in on[m]} for on in history] for history in histories]
+        assert len(sets) == 10 and all(len(s) == 24 for of_run in sets for s in of_run)
+        changed[name] = np.mean([len(b - a) for s in sets for a, b in itertools.pairwise(s)])
+        places = [f"layers.{i}.v_proj" for i in (3, 4, 5)]
+        free = [[sum(len(on[p]) - 1 for p in places) for on in history] for history in histories]
+        late[name] = np.mean([f[0] for f in free]), np.mean([f[-1] for f in free])
+        stored[name] = [line["stored"] / 18432 for line in lines]
+    (first, last), few, many = late["GRAD-NORM"], min(stored["GRAD-NORM"]), max(stored["GRAD-NORM"])
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    for text in (
+        f"At first all {first:g} free ranks are in `v_proj` of the last three blocks, at the end "
+        f"{last:.0f} of them",
+        {1: "about one rank goes and one comes"}[round(changed["GRAD-NORM"])],
+        f"{few:.1f} to {many:.1f} times as many parameters are stored",
+        f"the random one exchanges {changed['random']:.0f} of 24 ranks each time",
+    ):
+        assert text in page
+
+
 def test_the_tables_of_the_scores_are_what_the_lines_say():
     file = ROOT / "results" / "ablation.jsonl"
     blocks = "\n".join(ablation.tables(ablation.parse(file.read_bytes(), file))).split("\n\n")
