@@ -84,9 +84,11 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
             )
         if layer.merged:
             raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
-        if type(layer) is not LoRALayer:
-            kind = type(layer).__name__
-            raise ValueError(f"{name} is a {kind}: Delta-LoRA is for the B A of a LoRALayer")
+        kind = type(layer)
+        if (kind.forward, kind.branch) != (LoRALayer.forward, LoRALayer.branch):
+            raise ValueError(
+                f"{name} is a {kind.__name__}: Delta-LoRA is for the B A of its own lora_A, lora_B"
+            )
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight

@@ -53,7 +53,7 @@ def rope_fits(value, _):
 
 
 KINDS = {  # kind -> (what a value must be, test of a value given the fields read before it)
-    "size": ("a positive integer", lambda v, _: type(v) is int and 0 < v < 2**31),
+    "size": ("a positive integer", lambda v, _: type(v) is int and 0 < v < 1e300),
     "switch": ("true or false", lambda v, _: type(v) is bool),
     "epsilon": ("a number between 0 and 1", lambda v, _: type(v) is float and 0 < v < 1),
     "base": ("a number above 1", lambda v, _: type(v) in (int, float) and 1 < v < 1e12),

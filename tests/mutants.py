@@ -421,7 +421,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("tools/compare.py", "round(means[lr], 9)", "means[lr]", "of equal rates rounding chooses", f"{COMPARE}::test_equal_learning_rates_give_the_smaller_and_seeds_count_alike"),
     ("tools/compare.py", 'if line["dev"] else 0.0', 'if line["dev"] else 1.0', "the rate that diverges wins", f"{COMPARE}::test_a_rate_whose_loss_is_not_a_number_is_the_worst"),
     ("tools/compare.py", 'line["arm"] if what == "base" else ""', 'line["arm"]', "an arm may have a training set of its own", f"{COMPARE}::test_a_frozen_learning_rate_and_changed_flags_are_noticed"),
-    ("delta_lora.py", "if type(layer) is not LoRALayer:", "if False:", "Delta-LoRA moves W under DoRA's norms", f"{DELTA}::test_refusals"),
+    ("delta_lora.py", "if (kind.forward, kind.branch) != (LoRALayer.forward, LoRALayer.branch):", "if False:", "Delta-LoRA moves W under DoRA's norms", f"{DELTA}::test_refusals"),
     ("relatives/rank_scores.py", "if not any(map(any, scores.values())):", "if False:", "ranks are drawn without a word", f"{HETERO}::test_random_choice_is_said"),
     ("support/terminal.py", "    if distributed.world() == 1:  # of several", "    if False:  # of several", "a signal after the last step ends without a word", f"{TRAIN}::test_sigterm_after_the_last_step_is_said"),
     ("tools/peft/writing.py", "        if check:\n            check(new)\n", "", "an adapter with a NaN in its head is exported", f"{PEFT}::test_what_is_not_of_the_runs_model_is_not_exported"),

@@ -326,7 +326,7 @@ def tie(m):
             lambda m: setattr(m.layers[0].fc1, "__class__", DoRA),
             1.0,
             0,
-            r"layers\.0\.fc1 is a DoRA: Delta-LoRA is for the B A of a LoRALayer",
+            r"layers\.0\.fc1 is a DoRA: Delta-LoRA is for the B A of its own",
         ),
     ],
 )
