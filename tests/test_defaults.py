@@ -10,7 +10,46 @@ import tiny
 from delta_lora import DeltaLoRA
 from model import load_pretrained
 from relatives import METHODS
+from support import download, glue, texts
 from support.flags import parse_flags
+
+
+def test_minilm_is_configured_as_on_the_hub():
+    """all-MiniLM-L6-v2's config.json: 12 heads stand in no tensor's shape."""
+    assert download.MINILM_CONFIG == {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+    }
+
+
+def test_columns_and_splits_of_the_hub():
+    """nyu-mll/glue's columns; its files and those of the text tasks, by their whole paths."""
+    two = "sentence1 sentence2"
+    columns = {"cola": "sentence", "sst2": "sentence", "mrpc": two, "stsb": two, "rte": two}
+    columns |= {"wnli": two, "qqp": "question1 question2", "qnli": "question sentence"}
+    for name, expected in columns.items():
+        task = glue.TASKS[name]
+        assert task.hub_columns == tuple(expected.split()), name
+        assert (task.hub_dev, task.hub_test) == ("validation", "test"), name
+    assert glue.TASKS["mnli"].hub_columns == ("premise", "hypothesis")
+    assert set(glue.TASKS) == {*columns, "mnli", "paraphrase"}
+    for name, hub, config in (
+        ("e2e", "tuetschek/e2e_nlg", "default"),
+        ("wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    ):
+        splits = {"train": "train", "dev": "validation", "test": "test"}
+        files = {split: f"{config}/{theirs}/*.parquet" for split, theirs in splits.items()}
+        assert (texts.TASKS[name].hub, texts.TASKS[name].hub_files) == (hub, files)
+    assert texts.TASKS["instructions"].hub_files == {"train": "default/train/*.parquet"}
 
 
 def test_inject_by_default_is_rank_8_at_scale_2_on_q_and_v():
@@ -69,6 +108,7 @@ def test_what_train_py_does_where_a_flag_is_not_given():
     assert (args.keep, args.every, args.score_batches) == (0.5, 0.5, 4)
     assert (args.weight_decay, args.schedule, args.warmup) == (0.01, "linear", 30)
     assert (args.lr, args.epochs, args.batch_size) == (1e-3, 3, 16)
+    assert (args.clip, args.dropout, args.lora_dropout, args.accumulate) == (0, 0, 0, 1)
     args = parse_flags(["--task", "describe"])
     assert (args.epochs, args.batch_size, args.lr, args.warmup) == (1, 8, 2e-3, 10)
     args = parse_flags(["--preset", "heterolora-released"])

@@ -343,7 +343,20 @@ def test_needs_a_linear_base():
 
 
 def test_lazy_mode_works_on_a_shared_base():
-    DeltaLoRA(broken(tie), 1.0, 0, lazy=True)
+    """Both owners read the bits of W_0, and each adds the change of its own pair."""
+    m, batch = broken(tie), tiny.batch(tiny.model("bert").config)
+    shared = m.layers[0].q_proj.base.weight.clone()
+    delta = DeltaLoRA(m, 1.0, 0, lazy=True)
+    run(m, 4, adamw(m), delta)
+    assert torch.equal(m.layers[0].q_proj.base.weight, shared)
+    m.eval()
+    expected = m(**batch).logits
+    for name, layer in lora.adapters(m).items():  # the same, as weights of their own
+        layer.base._forward_hooks.clear()
+        moved = layer.base.weight + sum(c * B @ A for A, B, c in delta.terms(name))
+        layer.base.weight = nn.Parameter(moved, requires_grad=False)
+    assert min(delta.weight_change().values()) > 0
+    torch.testing.assert_close(m(**batch).logits, expected, rtol=0, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------- with an allocation

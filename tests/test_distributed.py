@@ -16,7 +16,7 @@ import lora
 import proxies
 import tiny
 import train
-from relatives import rank_scores
+from relatives import rank_scores, single_ranks
 from support import checkpoint, distributed, flags, run_folder
 
 # One after the other: two that look for a free port at once may find the same.
@@ -124,6 +124,25 @@ def test_processes_that_would_disagree_agree(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(train.proxies, "score", tilted)
     first, second = in_processes(decide, 2, tmp_path)
     assert first == second and set(first["scores"].values()) == {1.0}
+
+
+def test_processes_that_would_disagree_about_ranks_agree(argv, tmp_path, monkeypatch):
+    def tilted(_name, model, _batches):
+        tilt = 1e-9 * (-1) ** distributed.rank()
+        layers = lora.adapters(model).items()
+        return {
+            n: [1.0 + tilt * (-1) ** (i + k) for k in range(a.r)] for i, (n, a) in enumerate(layers)
+        }
+
+    def decide():
+        words = "--allocate dynamic --per-rank yes --budget-params 600"
+        run = train.set_up(flags.parse_flags([*argv, *words.split()]))
+        train.decide(run)
+        return run.plan.history[0]
+
+    monkeypatch.setattr(single_ranks, "score_ranks", tilted)
+    first, second = in_processes(decide, 2, tmp_path)
+    assert first == second and {s for parts in first["scores"].values() for s in parts} == {1.0}
 
 
 def test_each_process_draws_its_own_dropout(argv, tmp_path):

@@ -1,5 +1,7 @@
 """Predictions and metrics: in eval mode, in the order of the examples, and the mode is kept."""
 
+import types
+
 import pytest
 import torch
 
@@ -18,6 +20,26 @@ def examples_of(model, n=70):
         types = [0] + [1] * (size - 1)
         found.append({"input_ids": ids, "token_type_ids": types, "label": i % 2})
     return found
+
+
+@pytest.mark.parametrize(("task", "labels", "separator"), [("mrpc", 2, ""), ("stsb", 1, " ")])
+def test_predictions_on_record_can_be_read_back(task, labels, separator):
+    """A character an example; of numbers, a number and a space."""
+    model = tiny.model("bert", num_labels=labels)
+    examples = [
+        {"input_ids": [1, 4 + i, 2], "token_type_ids": [0, 0, 0], "label": 1} for i in range(3)
+    ]
+    about = {
+        "model": model,
+        "task": glue.TASKS[task],
+        "test": examples,
+        "prompts": {},
+        "written": {},
+    }
+    run = types.SimpleNamespace(**about)
+    evaluation.at_the_end(run)
+    found = run.test_predictions.split(separator) if separator else list(run.test_predictions)
+    assert [float(x) for x in found] == evaluation.predict(model, run.task, examples)
 
 
 @pytest.mark.parametrize("task, labels", [("mrpc", 2), ("stsb", 1)])

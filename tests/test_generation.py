@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import lora
 import tiny
+from model import Transformer, load_pretrained
 from relatives import METHODS
 from support import generation
 from support import prompts as prompting
@@ -190,6 +192,8 @@ def test_the_model_is_left_as_it_was():
     m.layers[1].eval()
     modes = [module.training for module in m.modules()]
     assert m.generate(ids, 4, attention_mask=mask).tolist() == expected  # no dropout
+    beams = [m.generate(ids, 4, attention_mask=mask, num_beams=2).tolist() for _ in range(4)]
+    assert beams == beams[:1] * 4
     assert [module.training for module in m.modules()] == modes
     assert all(p.grad is None for p in m.parameters())
     steps = generation.stream(m, ids, 4, mask)
@@ -369,6 +373,46 @@ def test_bad_flags_are_one_line(words, message, capsys):
     assert program.main(["a", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_indented_blocks_of_a_template_leave_no_space():
+    """As transformers renders: neither before a block nor the line break after it."""
+    assert prompting.render("a\n   {% if true %}\nb{% endif %}", "x", {}) == "a\nb"
+
+
+def test_special_tokens_stand_once_and_no_end_stands_behind_a_prompt(tmp_path):
+    """Of a tokenizer that puts its own tokens around a text, as LLaMA's puts one before it."""
+    folder = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
+    tokenizer = load_pretrained(str(folder), head="lm")[1]
+    around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    tokenizer.post_processor = around
+    form = ("{{ bos_token }}{{ messages[0]['content'] }}", {"bos_token": "<s>"})
+    assert prompting.ids_of(tokenizer, "ab", form, [3]) == [2, 4, 5]
+    assert prompting.ids_of(tokenizer, "ab", None, [3]) == [2, 4, 5]
+
+
+def test_flags_reach_what_writes(run, monkeypatch, capsys):
+    folder, _ = run
+    given, real = [], program.generation.stream
+
+    def watched(*arguments, **more):
+        given.append((*arguments[4:], more["generator"] and more["generator"].initial_seed()))
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(program.generation, "stream", watched)
+    words = ["--run", str(folder), "ab", "--max-new-tokens", "3"]
+    sampled = [*words, "--temperature", "0.7", "--top-p", "0.6", "--seed"]
+    for more in (words, [*sampled, "4"], [*sampled, "5"]):
+        assert program.main(more) == 0
+    assert given[0] == (0, 1, None) and given[1][:2] == given[2][:2] == (0.7, 0.6)
+    assert given[1][2] != given[2][2]
+    capsys.readouterr()
+    found = []
+    monkeypatch.setattr(
+        Transformer, "generate", lambda *_, **how: found.append(how) or [torch.tensor([4])]
+    )
+    assert program.main([*words, "--num-beams", "3", "--length-penalty", "2"]) == 0
+    assert found == [{"num_beams": 3, "length_penalty": 2.0}]
 
 
 def test_a_prompt_that_is_no_utf_8_is_one_line(capsys):

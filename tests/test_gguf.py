@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import tiny
 from model import load_pretrained
-from support import download, gguf_file, hf_folder
+from support import download, gguf_file, hf_folder, prompts
 
 SPECIALS = ["<unk>", "<pad>", "<s>", "</s>"]
 
@@ -114,9 +114,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
 def test_a_file_gives_the_model_that_was_written(tmp_path, family):
     """Rows of q and k in llama.cpp's order, gains of Gemma with 1 in them, heads tied and not."""
-    m = tiny.model(family, dtype=torch.float32, head="lm")
-    path = write_gguf(tmp_path / "m.gguf", m)
+    m = tiny.model(family, dtype=torch.float32, head="lm", head_dim=6)
+    path = write_gguf(tmp_path / "m.gguf", m, tokenizer__chat_template="{{ bos_token }}?")
     loaded, _ = load_pretrained(str(path), head="lm")
+    (template, specials), _ = prompts.read_form(download.model_folder(str(path)))
+    assert (template, specials["eos_token"]) == ("{{ bos_token }}?", SPECIALS[3])
     for name, p in m.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], p, rtol=0, atol=1e-6)
     batch = tiny.batch(m.config)

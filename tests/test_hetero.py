@@ -153,6 +153,17 @@ def test_eval_only_keeps_what_is_off_off(flags, tmp_path, capsys):
     }
 
 
+def test_what_is_scored_is_the_beginning_of_the_training_set(flags):
+    """The first examples, whatever batches they come in."""
+    args = parse_flags([*flags, "--score-batches", "3"])
+    run = train.set_up(args)
+    found = []
+    for batch in train.score_batches(run):
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            found.append(ids[: mask.sum()].tolist())
+    assert sorted(found) == sorted(e["input_ids"] for e in run.train[: 3 * args.batch_size])
+
+
 def test_random_choice_is_said(flags, tmp_path, capsys):
     args = [*static(flags), "--proxy", "synflow", "--out", str(tmp_path / "run")]
     assert train.main(args) == 0

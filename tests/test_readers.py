@@ -340,7 +340,7 @@ def test_checkpoints_are_whole_or_refused(tmp_path, changes):
 )
 def test_flags_of_a_run(tmp_path, changes, fields):
     """What comes back could have been given on the command line."""
-    good = {"task": "mrpc", "r": 8, "targets": ["fc1"], **fields}
+    good = {"task": "mrpc", "r": 8, "targets": ["fc1"], "ranking": "together", **fields}
     text = json.dumps({"flags": good}).encode()
     (tmp_path / "config.json").write_bytes(changed(text, changes))
     args, _ = read(parse_flags, ["--resume", str(tmp_path)])

@@ -377,6 +377,15 @@ def test_one_each_in_the_order_of_mean_importance():
     assert pruned == [("a", 0), ("a", 1), ("a", 2)] and grown == {"c": 2, "b": 1}
 
 
+def test_among_equals_the_order_is_that_of_the_names():
+    """Of a set it is another one in each process, which would then grow other ranks."""
+    empty = [f"layers.{i}.{p}" for i in range(9) for p in ("q_proj", "v_proj")]
+    scores = {("fc1", 0): 1.0, ("fc1", 1): 2.0}
+    on = {**dict.fromkeys(empty, 0), "fc1": 2}
+    _, grown = exchange(scores, dict.fromkeys(on, 1), on)
+    assert list(grown) == sorted(empty) and list(grown.values())[:3] == [1, 1, 0]
+
+
 def test_a_round_keeps_the_budget_and_the_outputs_of_what_grows():
     """New ranks have B = 0, so only what is pruned is missing; their moments are dropped."""
     m = of_two(1)

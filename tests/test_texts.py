@@ -18,7 +18,7 @@ import lora
 import proxies
 import tiny
 from model import load_pretrained
-from support import download, evaluation, glue, prompts, seeds, texts, writing
+from support import download, evaluation, glue, prompts, seeds, tasks, texts, writing
 from test_causal import llama_folder
 
 A, END = 4, 3  # ids of the letter a, and of the end of text
@@ -240,6 +240,13 @@ def test_windows():
 
 
 # ---------------------------------------------------------------------------------- what is counted
+
+
+def test_the_seed_of_a_run_draws_what_is_held_out(tmp_path):
+    records = [{"instruction": f"say {i}", "input": "", "output": "x"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    held_out = [tasks.load("instructions", str(tmp_path), False, True, s)[0][1] for s in (0, 0, 1)]
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 def some_examples(n=70, seed=3):

@@ -414,6 +414,21 @@ def test_a_rule_that_cannot_invert_a_matrix_any_more_is_one_line(flags, tmp_path
     assert "train.py: " in error and "try a smaller --lr" in error and "Traceback" not in error
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once(flags, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def twice(run, group, lr):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(run, group, lr)
+
+    monkeypatch.setattr(train, "train_step", twice)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 130
+    assert "stopped at once; go on from the last checkpoint" in capsys.readouterr().out
+    assert weights(tmp_path / "run")["position"]["step"] == 5
+
+
 def test_sigterm_after_the_last_step_is_said(flags, tmp_path, monkeypatch, capsys):
     """While a long test set is read, say: nothing is lost, and the next command is told."""
     out, mine = tmp_path / "run", lambda *_: None
