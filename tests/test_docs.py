@@ -624,6 +624,9 @@ def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
         _, mean, seeds, both = compare_report.compared(arms[arm], arms["random static"], labels)
         mean = abs(mean) if "below" in text else mean
         assert text.format(mean, *seeds, *both) in page
+    assert compare_report.report(lines)[-1] in page
+    alone = np.mean([line["test"]["accuracy"] for line in arms["head alone"].values()])
+    assert f"the head alone has {100 * alone:.1f} %" in page
 
 
 def test_what_is_told_of_single_ranks_is_of_the_lines():
