@@ -31,7 +31,7 @@ import urllib.request
 import zipfile
 
 from support import gguf_file
-from support.errors import expanded, one_line
+from support.errors import one_line
 
 HUB_SECONDS = 4.0
 REVISIONS = {  # hub id -> the commit that is loaded; other ids: ORG/NAME@REVISION, or the newest
@@ -204,6 +204,14 @@ def fetching(what):
 
 
 # ------------------------------------------------------------------------------------------- MiniLM
+
+
+def expanded(path):
+    """A path whose ~ is a home folder. FileNotFoundError, and not a RuntimeError, where none is."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no folder at {one_line(path)}: {one_line(error)}") from error
 
 
 def cache_folder(*parts):

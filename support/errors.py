@@ -1,9 +1,7 @@
 """The words of others in our messages: always one line, of a length that can be read.
 
-What this file does not do: print.
+What this file does not do: print, or raise.
 """
-
-from pathlib import Path
 
 LIMIT = 300  # characters
 
@@ -25,14 +23,6 @@ def one_line(text, limit=LIMIT):
     said = " ".join(said[: 20 * limit].split())
     said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
     return said if len(said) <= limit else said[: limit - 1] + "…"
-
-
-def expanded(path):
-    """A path whose ~ is a home folder. FileNotFoundError, and not a RuntimeError, where none is."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"no folder at {one_line(path)}: {one_line(error)}") from error
 
 
 def shown(value, limit=80):

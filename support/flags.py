@@ -408,7 +408,8 @@ def describe(args):
 def exactly(value):
     """A float as the command line takes it back, the same number: " 16", or "=-0.5"."""
     short = f"{value:g}"
-    return "= "[value >= 0] + (short if float(short) == value else repr(value))
+    text = short if float(short) == value else repr(value)
+    return f"={text}" if value < 0 else f" {text}"
 
 
 def equal_budget_control(args, spent, costs):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from support import download
-from support.errors import expanded, one_line, shown
+from support.errors import one_line, shown
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "paraphrase"
 GROUP = 50  # batches that are sorted by length together
@@ -180,7 +180,7 @@ def task_folder(name, data_dir):
         if name != "paraphrase":
             return None
         data_dir = EMBEDDED
-    folder = expanded(data_dir)
+    folder = download.expanded(data_dir)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no data folder at {data_dir}: give one that holds train.tsv and {task.dev}"

@@ -273,9 +273,7 @@ def convert(tensors, config, expected, head):
         ValueError: lists what is missing, unexpected, misshapen, or not dense, floating-point and
             finite in float32; or another base_dtype.
     """
-    if config.base_dtype not in large.DTYPES:
-        allowed = ", ".join(large.DTYPES)
-        raise ValueError(f"base_dtype is {config.base_dtype!r}, allowed: {allowed}")
+    large.refuse_dtype(config.base_dtype)
     tensors, family = normalise(tensors, config.family), config.family
     used, state, problems = set(), {}, []
     for ours, parameter in expected.items():

@@ -46,6 +46,12 @@ def stays_wide(name, head=()):
     return "lora_" in name or module.endswith("norm") or module in head
 
 
+def refuse_dtype(base_dtype):
+    """Raises ValueError for another name than those of DTYPES."""
+    if base_dtype not in DTYPES:
+        raise ValueError(f"base_dtype is {base_dtype!r}, allowed: {', '.join(DTYPES)}")
+
+
 def cast_base(model, base_dtype):
     """Put the frozen weights into a dtype, in place, before or after lora.inject.
 
@@ -58,8 +64,7 @@ def cast_base(model, base_dtype):
     Raises:
         ValueError: another name; or the model is merged.
     """
-    if base_dtype not in DTYPES:
-        raise ValueError(f"base_dtype is {base_dtype!r}, allowed: {', '.join(DTYPES)}")
+    refuse_dtype(base_dtype)
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError("the model is merged: call unmerge(model) first, or B A is rounded with W")
     for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from support import download, prompts, seeds
-from support.errors import expanded, one_line, shown
+from support.errors import one_line, shown
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "describe"
 HUB_REVISION = "refs/convert/parquet"  # the hub's own conversion: CONFIG/SPLIT/*.parquet
@@ -195,7 +195,7 @@ def grouped(records):
 
 def path_of(name, data_dir, split):
     """The file of a split in a folder, or None where it is a test set that is not there."""
-    folder, wanted = expanded(data_dir), TASKS[name].files[split]
+    folder, wanted = download.expanded(data_dir), TASKS[name].files[split]
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {data_dir}: give one that holds {wanted[0]}")
     found = [sorted(folder.glob(pattern)) for pattern in wanted]

@@ -604,6 +604,7 @@ ELSEWHERE = {f"{n}.lora_{k}": torch.ones(2, 2) for n in ("foo", "layers.9.q_proj
         ),
         ({"tensors": ELSEWHERE, "about": "foo"}, "'foo', which no bert model has"),
         ({"tensors": ELSEWHERE, "about": "layers.9.q_proj"}, "is no layer that we adapt in a bert"),
+        ({"family": "t5"}, "is of family 't5', which is not known"),
         ({"flags": {"model": 5}}, "model is 5, no name"),
         ({"flags": {"model": None}}, "model is None, no name"),
     ],
@@ -611,6 +612,9 @@ ELSEWHERE = {f"{n}.lora_{k}": torch.ones(2, 2) for n in ("foo", "layers.9.q_proj
 def test_what_is_not_of_the_runs_model_is_not_exported(tmp_path, changes, message, capsys):
     """Nothing is written: neither a NaN nor a name that PEFT would drop in silence."""
     base = tiny.bert_folder(tmp_path / "base")
+    (base / "config.json").write_text(
+        json.dumps({**tiny.BERT_CONFIG, "model_type": changes.get("family", "bert")})
+    )
     flags = {"model": str(base), **changes.get("flags", {})}
     about = changes.get("about")
     about = about and {about: {"r": 2, "scaling": 0.5, "enabled": True}}

@@ -122,9 +122,10 @@ def read_study(path):
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a study: {error!r}") from error
-    if "accuracy" not in getattr(glue.TASKS.get(study.task), "metrics", ()):
-        told = ", ".join(name for name, task in glue.TASKS.items() if "accuracy" in task.metrics)
-        raise ValueError(f"{path}: task is {study.task!r}, a study compares accuracy: {told}")
+    told = [name for name, task in glue.TASKS.items() if "accuracy" in task.metrics]
+    if study.task not in told:
+        allowed = ", ".join(told)
+        raise ValueError(f"{path}: task is {study.task!r}, a study compares accuracy: {allowed}")
     if study.test not in ("test", "dev"):
         raise ValueError(f"{path}: final.test is {study.test!r}, allowed: test, dev")
     names = [arm.name for arm in arms]

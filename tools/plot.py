@@ -40,10 +40,7 @@ from tools import plot_block
 ROOT = Path(__file__).resolve().parents[1]
 ZERO = 1e-10  # of the largest singular value: what is below is rounding
 FLOOR = 1e-12  # of the largest singular value: what is below is drawn here
-DAMAGED = (
-    *(KeyError, TypeError, IndexError, AttributeError, ArithmeticError),
-    safetensors.SafetensorError,
-)
+DAMAGED = (KeyError, TypeError, IndexError, AttributeError, ArithmeticError)  # of a file's content
 
 # --------------------------------------------------------------------------------------- allocation
 
@@ -242,7 +239,7 @@ def draw(folder, out=None):
             allocation(folder, paths["allocation"])
         if "delta" in paths:
             delta(folder, flags, paths["delta"])
-    except DAMAGED as error:
+    except (*DAMAGED, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged, a file of it does not fit: {error!r}") from error
     return list(paths.values())
 

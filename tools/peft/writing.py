@@ -242,6 +242,11 @@ def peft_files(pairs, head, family, base, pad=False, dropout=0.0):
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "use_rslora": False,
     } | ({"use_dora": True} if dora else {})
+    return config, peft_tensors(paths, head, family)
+
+
+def peft_tensors(paths, head, family):
+    """{their name: tensor} of {full path: Pair} and {our head parameter: tensor}."""
     tensors = {}
     for path, pair in paths.items():
         tensors[f"{ROOT}{path}.lora_A.weight"] = pair.lora_A
@@ -251,11 +256,13 @@ def peft_files(pairs, head, family, base, pad=False, dropout=0.0):
     for name, tensor in head.items():
         module, _, kind = name.rpartition(".")
         tensors[f"{ROOT}{full_path(family, module)}.{kind}"] = tensor
-    return config, tensors
+    return tensors
 
 
 def refuse_unknown(run, pairs, head, family):
     """Raises ValueError where a module or a head has no name in the family, before it is named."""
+    if family not in FAMILIES:
+        raise ValueError(f"the model of {run} is of family {shown(family)}, which is not known")
     layers = re.compile(r"layers\.\d+\.(\w+)")
     places = {*FAMILIES[family].layer, *lora.RESIDUALS, *lora.CROSS}
     unknown = [n for n in pairs if not (m := layers.fullmatch(n)) or m[1] not in places]
