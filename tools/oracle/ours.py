@@ -68,7 +68,7 @@ import lora
 import proxies
 from delta_lora import DeltaLoRA
 from model import Config, Transformer
-from relatives.rank_scores import part_scores, score_ranks
+from relatives.rank_scores import part_scores
 from support import hf_folder
 from tools.oracle.network import PLACES, Network, layer_of
 from tools.oracle.ours_adapters import (  # noqa: F401  part of the interface
@@ -381,7 +381,7 @@ def scores(proxy, config, weights, adapters, batches):
 def rank_scores(proxy, config, weights, adapters, batches):
     """{path: [score of row k of A with column k of B, for k = 0 … r - 1]}: "grad_norm", "snip"."""
     model, paths = build(config, weights, adapters)
-    found = score_ranks(proxy, model, batches)
+    found = part_scores(proxy, model, batches)
     return {paths[name]: values for name, values in found.items()}
 
 
