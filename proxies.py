@@ -82,7 +82,7 @@ def score(name, model, batches):
         if not math.isfinite(value):
             raise ValueError(
                 f"the {name} score of {module} is {value}: look for a loss that overflows, or "
-                "score in float32"
+                "score in float32 (synflow: the model is too deep for float64)"
             )
     if not any(scores.values()):
         warnings.warn(
@@ -231,17 +231,28 @@ def absolute_copy(model):
 
 
 def linear_attention(block, queries, x, key_mask, causal, turns, cache):
-    """Attention without softmax, through which flow reaches q and k.
+    """Attention without softmax: V, weighed by S / S, S = q . k > 0, the denominator a constant.
 
-    On identical tokens softmax has a zero Jacobian, and q and k would score 0. Here each weight is
-    S / S, with S = q . k > 0 and the denominator a constant to autograd. The forward pass is the
-    same average of V, and the flow through q, and through k, is the whole flow through v.
+    On identical tokens softmax has a zero Jacobian, and q and k would score 0. Here the flow
+    through q, and through k, is the whole flow through v. They are given x as a constant: what
+    flows to the blocks below does so through v alone, once.
     """
-    q, k, v = block.heads(queries, x, turns)  # of one token: (1, h, 1, d_h), (1, g, 1, d_h)
+    q, k, _ = block.heads(queries.detach(), x.detach(), turns)  # (1, h, 1, d_h), (1, g, 1, d_h)
+    q, k = (part / part.detach().amax() for part in (q, k))  # S / S is as before, S in range
+    v = block.split_heads(block.v_proj(x))  # (1, g, 1, d_h)
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
     s = q @ k.transpose(-1, -2)  # (1, h, 1, 1)
     h = (s / s.detach()) @ v  # (1, h, 1, d_h)
     return block.out_proj(h.transpose(1, 2).flatten(2))  # (1, 1, d)
+
+
+def linear_feed_forward(block, x):
+    """The feed-forward without its activation, weighed by gate / gate as attention is by S / S."""
+    h = block.fc1(x)  # (1, 1, ffn_dim)
+    if block.gate_proj is not None:
+        gate = block.gate_proj(x.detach())
+        h = gate / gate.detach() * h
+    return block.fc2(h)  # (1, 1, d)
 
 
 def synflow(model, batches):
@@ -251,15 +262,18 @@ def synflow(model, batches):
     an input of ones: no data, no labels. In float64, since R is a product over layers and leaves
     float32's range. At B = 0: exactly 0. Elsewhere S(A) = S(B): what flows into a pair flows out.
 
-    deviates from zero-cost-nas, because a transformer's SynFlow is 0 otherwise. LayerNorm is the
-    identity (of equal features it outputs its bias alone). Attention is linear_attention. R is read
-    before the head, whose tanh saturates. The input is one token of ones: identical tokens would
-    all carry the same.
+    deviates from zero-cost-nas: Algorithm 1 takes a net to be linear, and a transformer's SynFlow
+    is 0 as it stands. LayerNorm is the identity (of equal features it outputs its bias alone), and
+    so is the activation; attention is linear_attention, and a gate weighs by 1 in the same way.
+    Half of a pair's score is then the part of R that runs through it, R at most. R is read before
+    the head, whose tanh saturates. The input is one token of ones: identical tokens would all carry
+    the same.
     """
     model = absolute_copy(model).double()
     for block in model.layers:
         block.attn_norm = block.ffn_norm = block.q_norm = block.k_norm = nn.Identity()
         block.attention = types.MethodType(linear_attention, block)
+        block.feed_forward = types.MethodType(linear_feed_forward, block)
     model.final_norm = nn.Identity()
     one = model.word_embeddings.weight.new_ones(1, 1, model.config.hidden_size)  # (b, t, d)
     # S = sum |A o dR/dA| + sum |B o dR/dB|

@@ -45,7 +45,7 @@ import drawn_mutants
 ROOT = Path(__file__).parents[1]
 LORA, SHORTCUTS = "test_lora.py", "test_shortcuts.py"
 PROXIES, ALLOCATE, HETERO = "test_proxies.py", "test_allocate.py", "test_hetero.py"
-DELTA, MODEL, TRAIN, DATA = "test_delta_lora.py", "test_model.py", "test_train.py", "test_data.py"
+DELTA, MODEL, TRAIN = "test_delta_lora.py", "test_model.py", "test_train.py"
 WHEN_OFF, RANKS = "test_when_off.py", "test_single_ranks.py"
 RELATIVES1 = "test_relatives_adapters1.py"
 FAULTS, DISTRIBUTED = "test_faults.py", "test_distributed.py"
@@ -373,6 +373,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", "wide = torch.promote_types(x.dtype, torch.float32)", "wide = x.dtype", "angles in bfloat16", f"{CAUSAL}::test_angles_in_bfloat16_are_those_of_float32"),
     ("model.py", "read is None and (cache is None or cache.k is None)", "read is None", "a new token sees the first key alone", f"{GENERATION}::test_cached_equals_uncached"),
     ("proxies.py", "return int((labels[:, 1:] != -100).sum()) if", "return labels[:, 1:].numel() if", "a prompt's tokens count as predicted", f"{LANGUAGE}::test_scores_of_first_order_from_the_gradient_of_the_place"),
+    ("proxies.py", "block.heads(queries.detach(), x.detach(), turns)", "block.heads(queries, x, turns)", "SYNFLOW flows down through q and k too", f"{PROXIES}::test_synflow_is_twice_what_the_flow_loses_without_the_pair"),
+    ("proxies.py", "gate = block.gate_proj(x.detach())", "gate = block.gate_proj(x)", "SYNFLOW flows down through the gate too", f"{PROXIES}::test_synflow_is_twice_what_the_flow_loses_without_the_pair"),
+    ("proxies.py", "(part / part.detach().amax() for part in (q, k))", "(part for part in (q, k))", "SYNFLOW's q . k leaves the range", f"{PROXIES}::test_synflow_of_a_deep_net_stays_in_range"),
+    ("proxies.py", "        block.feed_forward = types.MethodType(linear_feed_forward, block)\n", "", "SYNFLOW with the activation", f"{PROXIES}::test_synflow_is_twice_what_the_flow_loses_without_the_pair"),
     ("proxies.py", "k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))", "k, v = (part.repeat(1, q.shape[1] // k.shape[1], 1, 1) for part in (k, v))", "SYNFLOW reads the heads of keys as a b a b", f"{LANGUAGE}::test_synflow_written_out"),
     ("support/hf_folder.py", "tensor = tensor + FAMILIES[family].gain_offset", "pass", "Gemma's gains without 1", f"{CAUSAL}::test_a_folder_gives_the_model_that_was_written"),
     ("support/generation.py", "positions = cache.lengths[:, None]  # (b, 1)", "positions = torch.full_like(cache.lengths, cache.mask.shape[1])[:, None]", "short rows go on at the longest one's position", f"{GENERATION}::test_cached_equals_uncached"),

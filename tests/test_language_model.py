@@ -124,7 +124,8 @@ def test_fisher_takes_a_text_for_an_example():
 def test_synflow_written_out():
     """One token of ones, no RMSNorm, a gate, three query heads on each key head; S = 2 dR/de.
 
-    e scales a branch; attention is (q . k) / c times v, the constant c being q . k.
+    e scales a branch; attention is (q . k) / c times v, the constant c being q . k, the gate is
+    divided by itself alike, and what feeds q, k and gate is constant.
     """
     m, batches = problem("qwen3")
     scores = proxies.score("synflow", m, batches)
@@ -142,15 +143,16 @@ def test_synflow_written_out():
                 return branch + (y if place in lora.RESIDUALS else y @ layer.base.weight.abs().T)
 
             sa_input = x
-            q = lin("q_proj", x).view(6, 4)
-            k, v = (lin(place, x).view(2, 4)[[0, 0, 0, 1, 1, 1]] for place in ("k_proj", "v_proj"))
+            q = lin("q_proj", x.detach()).view(6, 4)
+            k = lin("k_proj", x.detach()).view(2, 4)[[0, 0, 0, 1, 1, 1]]
+            v = lin("v_proj", x).view(2, 4)[[0, 0, 0, 1, 1, 1]]
             dot = (q * k).sum(1, keepdim=True)
             h = lin("out_proj", (dot / dot.detach() * v).flatten())
             x = lin("residual_1", sa_input) + h
             if i:
                 x = x + lin("shortcut_ffn", previous)
-            previous, gate = x, lin("gate_proj", x)
-            h = gate / (1 + (-gate).exp()) * lin("fc1", x)
+            previous, gate = x, lin("gate_proj", x.detach())
+            h = gate / gate.detach() * lin("fc1", x)
             x = lin("residual_2", x) + lin("fc2", h) + lin("shortcut_sa", sa_input)
         return x.sum()
 

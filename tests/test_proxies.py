@@ -227,10 +227,42 @@ def test_synflow_conserves_and_reaches_everything(family, monkeypatch):
         assert scores[name] == pytest.approx(2 * b, rel=1e-9)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_synflow_is_twice_what_the_flow_loses_without_the_pair(family, monkeypatch):
+    """In a net of 12 blocks: R falls by S / 2 when the branch is cut, and no S / 2 is above R.
+
+    Not of q, k and the gate: they weigh a flow, and a share of its weight is theirs.
+    """
+    m, kept = tiny.adapted(family, shortcuts=ALL, num_layers=12), []
+    scores = proxies.synflow(m, [])
+    monkeypatch.setattr(proxies, "flow", lambda net, r: kept.append((net, r)))
+    proxies.synflow(m, [])
+    [(net, r)] = kept
+    whole = r(net).item()
+    for name, layer in lora.adapters(net).items():
+        assert 0 < scores[name] / 2 <= whole * (1 + 1e-9), name
+        if name.endswith(("q_proj", "k_proj", "gate_proj")):
+            continue
+        old = layer.lora_B.data
+        layer.lora_B.data = 0 * old
+        assert whole - r(net).item() == pytest.approx(scores[name] / 2, rel=1e-6), name
+        layer.lora_B.data = old
+
+
+def test_synflow_of_a_deep_net_stays_in_range():
+    """q . k of two streams that are each 1e160 is not a number; their shares are."""
+    m = tiny.adapted("llama", num_layers=2)
+    for p in m.parameters():
+        p.data *= 1e16
+    scores = proxies.synflow(m, [])
+    assert all(0 < s < float("inf") for s in scores.values()) and max(scores.values()) > 1e200
+
+
 def test_synflow_by_finite_differences():
     """R written out for one token of ones, without LayerNorm; S = 2 dR/de, e scaling the branch.
 
-    Attention is (q . k) / c times v, the constant c being q . k before anything is scaled.
+    Attention is (q . k) / c times v, the constant c being q . k before anything is scaled; q and k
+    see the residual stream as it was then.
     """
     m, batches = problem("opt", shortcuts=ALL)
     scores, eps = proxies.score("synflow", m, batches), 1e-6
@@ -254,14 +286,16 @@ def test_synflow_by_finite_differences():
                 return y @ layer.base.weight.abs().T + layer.base.bias.abs() + branch
 
             sa_input = x
-            q, k, v = (lin(place, x).view(3, 4) for place in ("q_proj", "k_proj", "v_proj"))
+            seen = constants.setdefault(("x", i), x)
+            q, k = (lin(place, seen).view(3, 4) for place in ("q_proj", "k_proj"))
             dot = (q * k).sum(1, keepdim=True)  # one number per head
+            v = lin("v_proj", x).view(3, 4)
             h = lin("out_proj", (dot / constants.setdefault(i, dot) * v).flatten())
             x = lin("residual_1", sa_input) + h
             if i:
                 x = x + lin("shortcut_ffn", previous)
             previous = x
-            x = lin("residual_2", x) + lin("fc2", lin("fc1", x).relu())
+            x = lin("residual_2", x) + lin("fc2", lin("fc1", x))
             x = x + lin("shortcut_sa", sa_input)
         return x.sum().item()
 

@@ -249,7 +249,8 @@ PROXY_TEXTS = {
     "grad_norm": "||dL/dA||_F + ||dL/dB||_F",
     "snip": "sum |A o dL/dA| + sum |B o dL/dB|",
     "synflow": "sum |A o dR/dA| + sum |B o dR/dB|, R: the sum over the output of |net| for one "
-    "token of ones, without LayerNorm and head, attention weights S / S",
+    "token of ones, without LayerNorm, activation and head, attention weights S / S, where q and k "
+    "take the residual stream as a constant",
     "synflow_released": "the same with |net| as it is, ones for the word embeddings of the first "
     "batch, and its loss for R",
     "grasp": "sum theta o (H g) over A and B; the sign that keeps what holds the gradient up",
