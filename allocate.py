@@ -48,8 +48,14 @@ def baseline_scores(kind, costs, generator):
         kind: one of BASELINES. costs: dict name -> parameters. generator: torch.Generator.
 
     Returns:
-        dict name -> float > 0.
+        dict name -> float > 0. Of "random" every order is as likely; a budget in parameters buys
+        more modules where they are small.
+
+    Raises:
+        ValueError: another kind.
     """
+    if kind not in BASELINES:
+        raise ValueError(f"kind is {kind!r}, allowed: {', '.join(BASELINES)}")
     if kind == "size":
         return {name: float(cost) for name, cost in costs.items()}
     order = shuffled(costs, generator)
@@ -143,12 +149,12 @@ def check_budget(budget, costs):
 def within_budget(scores, costs, budget, generator=None):
     """The set with the largest sum of scores whose parameters fit: an exact 0/1 knapsack.
 
-    Where no module that fits has a positive score the choice is random: modules in random order,
-    each that still fits.
+    Where no module that fits has a positive score they are taken by score, best first and ties in
+    random order, each that still fits.
 
     Args:
-        scores: dict name -> float; larger = keep. 0 or below: never chosen while another is
-            positive, even where it would fit.
+        scores: dict name -> float; larger = keep. 0 or below: never chosen beside a positive one
+            that fits, even where there is room.
         costs: dict name -> int, trainable parameters, > 0.
         budget: number of parameters.
         generator: torch.Generator for ties; None = one that is seeded with 0.
@@ -164,16 +170,16 @@ def within_budget(scores, costs, budget, generator=None):
     generator = generator or torch.Generator().manual_seed(0)
     order = shuffled(scores, generator)
     useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
-    if not useful:
-        chosen, left = set(), budget
-        for name in order:
-            if costs[name] <= left:
-                chosen.add(name)
-                left -= costs[name]
-        return chosen
     values = np.array([scores[name] for name in useful], dtype=np.float64)
     weights = np.array([costs[name] for name in useful], dtype=np.int64)
-    return {useful[i] for i in knapsack(values, weights, budget)}
+    chosen = {useful[i] for i in knapsack(values, weights, budget)}
+    # What the sums of the knapsack rounded away, 1 beside 1e30, is bought with what is left.
+    left = budget - sum(costs[name] for name in chosen)
+    for name in sorted(useful or order, key=scores.get, reverse=True):
+        if name not in chosen and costs[name] <= left:
+            chosen.add(name)
+            left -= costs[name]
+    return chosen
 
 
 def knapsack(values, weights, budget):
@@ -186,7 +192,7 @@ def knapsack(values, weights, budget):
     the items to come. Exact up to the rounding of the sums.
 
     Args:
-        values: (n,) float64 > 0. weights: (n,) int64 > 0, each <= budget.
+        values: (n,) float64 > 0; n may be 0. weights: (n,) int64 > 0, each <= budget.
     """
     order = np.argsort(-values / weights, kind="stable")
     v, w = values[order], weights[order]
@@ -233,13 +239,14 @@ class Reallocator:
         mode: "static" (once, before training) or "dynamic" (and again every `every` epochs).
         keep: fraction of modules that stay on; used where budget is None.
         budget: number of adapter parameters, or None.
-        every: fraction of an epoch between two decisions.
+        every: fraction of an epoch between two decisions, 0 < every <= 1.
         together: as in keep_top.
         generator: torch.Generator, for ties and for the baseline "random"; None = seeded with 0.
         parts: int, into how many equal parts a module can be divided (single ranks: r).
 
     Raises:
-        ValueError: no decision is possible: keep or budget is out of range or keeps nothing.
+        ValueError: no decision is possible: mode, every, keep or budget is out of range, or nothing
+            is kept.
     """
 
     def __init__(
@@ -258,6 +265,9 @@ class Reallocator:
         self.every, self.together = every, together
         self.generator = generator or torch.Generator().manual_seed(0)
         self.history = []
+        if mode not in ("static", "dynamic") or not 0 < every <= 1:
+            allowed = "static, dynamic; 0 < every <= 1"
+            raise ValueError(f"mode is {mode!r} and every {every}, allowed: {allowed}")
         if budget is None:
             keep_counts(costs, keep)
         else:

@@ -27,7 +27,8 @@ Over all stretches W_T - W_0 = lambda s sum (P_end - P_begin). A pair that retur
 cancels, and the rank is 2r at most again.
 
 Two things to know. With the adapter off the model computes with W_T, not W_0. And merging gives
-W_T + s B A, with scale s: W_T holds the lambda part already.
+W_T + s B A, with scale s: W_T holds the lambda part already. (With lazy=True the weight is W_0, and
+what is merged W_0 + s B A: the lambda part stays in the forward pass. export() has all of it.)
 
 deviates: nothing.
 
@@ -42,7 +43,7 @@ import torch
 from torch import nn
 
 from lora import LoRALayer, adapters
-from support import large
+from support import doors, large
 
 
 def delta_update_(weight, new_A, new_B, old_A, old_B, coefficient):
@@ -76,19 +77,20 @@ def refuse_unsuitable(model, layers, ratio, start, lazy):
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), set()).add(f"{name}.{key}")
+    doors.refuse_merged(layers)
     for name, layer in layers.items():
         if layer.lora_dropout:
             raise ValueError(
                 f"{name} has lora_dropout {layer.lora_dropout}: Delta-LoRA needs 0, for with it "
                 "the change of B A no longer stands for the gradient of W"
             )
-        if layer.merged:
-            raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
         kind = type(layer)
         if (kind.forward, kind.branch) != (LoRALayer.forward, LoRALayer.branch):
             raise ValueError(
                 f"{name} is a {kind.__name__}: Delta-LoRA is for the B A of its own lora_A, lora_B"
             )
+        if lazy and layer.base._forward_hooks:
+            raise ValueError(f"{name} has a forward hook already: lazy=True needs a fresh model")
         if not isinstance(layer.base, nn.Linear) or lazy:
             continue
         weight = layer.base.weight
@@ -149,7 +151,8 @@ class DeltaLoRA:
         return layer.lora_A.detach(), layer.lora_B.detach()
 
     def before_step(self):
-        """Call after backward (and clipping), before optimizer.step()."""
+        """Call after backward (and clipping), before optimizer.step(); refused while merged."""
+        doors.refuse_merged(self.adapters)
         self.old = {}
         for name, layer in self.adapters.items():
             if not layer.enabled:
@@ -211,8 +214,9 @@ class DeltaLoRA:
     def back_to_pretrained(self):
         """Take the change out of W again, exact up to rounding; reload the model for the bits.
 
-        A and B stay. The stretches are forgotten, so that W can move anew.
+        A and B stay. The stretches are forgotten, so that W can move anew. Refused while merged.
         """
+        doors.refuse_merged(self.adapters)
         for name, layer in self.adapters.items():
             if not self.lazy:
                 for A, B, c in self.terms(name):
@@ -236,13 +240,18 @@ class DeltaLoRA:
         return norms
 
     def state(self):
-        """For a checkpoint: position, stretches, and W itself, without whose bits none resume."""
+        """For a checkpoint: position, stretches, and W itself, without whose bits none resume.
+
+        Refused while merged, as load() is.
+        """
+        doors.refuse_merged(self.adapters)
         weights = {n: a.base.weight.detach() for n, a in self.adapters.items() if not self.lazy}
         return {"t": self.t, "begin": self.begin, "ended": self.ended, "weights": weights}
 
     @torch.no_grad()
     def load(self, state):
         """Put back what state() gave, on the model's device."""
+        doors.refuse_merged(self.adapters)
         device = next(iter(self.adapters.values())).lora_A.device
         self.t = state["t"]
         self.begin = {n: tuple(p.to(device) for p in pair) for n, pair in state["begin"].items()}

@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import adapter_file, large, seeds, switches
-from support.doors import refuse_adapted, refuse_foreign, refuse_merge, refuse_places
+from support import adapter_file, doors, large, seeds, switches
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "gate_proj")
 RESIDUALS = ("residual_1", "residual_2")
@@ -79,7 +78,7 @@ class LoRALayer(nn.Module):
         self.scaling = lora_alpha / r
         # A ~ U(-1/sqrt(in), 1/sqrt(in)), row by row: the first rows are the same at every rank,
         # and drawn in float32 the same in every dtype.
-        uniform = torch.rand(r, in_features, generator=generator)  # (r, in)
+        uniform = torch.rand(r, in_features, generator=generator, dtype=torch.float32)  # (r, in)
         bound = in_features**-0.5
         like = large.wide(getattr(base, "weight", uniform))  # device and dtype
         self.lora_A = nn.Parameter(((2 * uniform - 1) * bound).to(*like))  # (r, in)
@@ -207,8 +206,8 @@ def inject(
         ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
             that is injected, without numbers (meta), in float16, or no model.Transformer.
     """
-    refuse_adapted(model, adapters(model))
-    refuse_places(model.config, (targets, LINEARS), (shortcuts, RESIDUALS + CROSS))
+    doors.refuse_adapted(model, adapters(model))
+    doors.refuse_places(model.config, (targets, LINEARS), (shortcuts, RESIDUALS + CROSS))
     if when_off not in ("out", "frozen"):
         raise ValueError(f"when_off is {when_off!r}, allowed: out, frozen")
     new = {}
@@ -255,7 +254,7 @@ def adapters(model):
     Raises:
         ValueError: not a model.Transformer.
     """
-    refuse_foreign(model, PLACES)
+    doors.refuse_foreign(model, PLACES)
     found = {}
     for i, block in enumerate(model.layers):
         for place in PLACES:
@@ -269,8 +268,13 @@ def switch(model, on):
 
     Args:
         on: set of names of adapters(model); all others go off.
+
+    Raises:
+        ValueError: on is no set, or has a name of none of them; or the model is merged.
     """
-    for name, layer in adapters(model).items():
+    layers = adapters(model)
+    doors.refuse_names(on, layers)
+    for name, layer in layers.items():
         layer.enabled = name in on
 
 
@@ -361,7 +365,7 @@ def merge(model):
     """
     layers = adapters(model)
     chosen = {n: a for n, a in layers.items() if a.in_forward and isinstance(a.base, nn.Linear)}
-    refuse_merge(layers, chosen)
+    doors.refuse_merge(layers, chosen)
     with torch.no_grad():
         for layer in chosen.values():
             layer.weight_before_merge = layer.base.weight.detach().clone()  # (out, in)
@@ -441,7 +445,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         ValueError: a model that has adapters; a file that is no adapter, or of another model.
         FileNotFoundError: no such file.
     """
-    refuse_adapted(model, adapters(model))
+    doors.refuse_adapted(model, adapters(model))
     tensors, about = adapter_file.read(path, model.config.shortcut_norm)
     kinds = {adapter.kind: adapter, "lora": LoRALayer}
     expected = {name: p.shape for name, p in trainable(model).items()}  # of the head
@@ -452,7 +456,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     adapter_file.refuse_misfit(path, tensors, expected)
     for name, layer in layers.items():  # only now: a refused file leaves the model as it was
-        if layer.r == 0:  # Delta-LoRA: it is off, and has not moved its W
+        if layer.r == 0:  # it adds nothing: of Delta-LoRA off and W as it was, of AdaLoRA E all 0
             continue
         for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
             setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))

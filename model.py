@@ -521,7 +521,7 @@ def load_pretrained(name, num_labels=2, head="classification", dropout=0.0, seed
         head: "classification", or "lm" (causal families).
         dropout: float, replaces whatever the checkpoint was pretrained with.
         seed: int, for the parts of the head that the checkpoint lacks: weights are drawn from
-            N(0, 0.02), biases are 0.
+            N(0, 0.02^2), biases are 0.
         overrides: other fields of Config, for example shortcut_norm="reuse", base_dtype="bf16".
 
     Returns:

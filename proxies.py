@@ -1,7 +1,7 @@
 """Zero-cost proxies: how much does each low-rank module matter? (arXiv 2406.14956)
 
 Each proxy is one function (model, batches) -> {name: score}; larger = keep. All modules, those on
-shortcuts among them, are scored alike and in one pass, with all of them switched on. L is the mean
+shortcuts among them, are scored alike and together, with all of them switched on. L is the mean
 loss over all scored examples, so a score does not depend on how they were cut into batches. Of
 several processes each takes its share of the batches; gradients and counts are summed
 (support/distributed.py).
@@ -178,7 +178,10 @@ def factor_gradients(model, batches):
 
 
 def constant(model, batches):
-    """S = 1: every module alike, so that a choice is uniformly random. The paper's control."""
+    """S = 1: every module alike, so that a fraction of them is a random draw. The paper's control.
+
+    A budget in parameters buys as many as it can: of modules of different size the small ones.
+    """
     return dict.fromkeys(adapters(model), 1.0)
 
 

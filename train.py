@@ -343,7 +343,7 @@ def carry_out(run):
         control = run.plan and flags.equal_budget_control(args, spent, run.plan.costs)
         beside = glue.baselines(args.task, args.data_dir) if not args.eval_records else {}
         print(runs.finish(run, flags.describe(args), control, beside))
-        print(measures.examples(run), end="")
+        print(measures.answered(run), end="")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 
 b is b_0 up to t_i, and b_T from T - t_f on; it is rounded down. Every `interval` steps E_k of all
 but the b(t) best triplets of all modules together is 0. A_k and B_k stay; E_k moves again with the
-next step, A_k and B_k with the one after it, and the triplet can return. At T - t_f the choice is
-final, and is applied after every step.
+next step, in which the loss gives A_k and B_k no gradient (moments, decay and the penalty move them
+all the same), and the triplet can return. At T - t_f the choice is final, and is applied after
+every step.
 
     name        | symbol    | shape
     lora_E      | E         | (r, 1)       a number for each rank
@@ -19,11 +20,11 @@ final, and is applied after every step.
     warmup      | t_i       | ours: a sixth of the steps, T (the paper: for each task)
     last        | T - t_f   | ours: when half of the steps are left
 
-w dL/dw is of before the step, as in the paper, and I and U follow up to the last choice; the
-published code takes the new w with the old gradient, and stops one step before. deviates: the
-schedule as printed (appendix A) has t - t_i - t_f above the line, and is more than b_0 at first;
-this is the published code's, whose t is one less; its mask drops every triplet of a tie; and the
-penalty is not clipped by --clip, where the paper's is a term of the loss (triplets.py).
+w dL/dw, with the penalty in L, is of before the step, as in the paper, and I and U follow up to the
+last choice; the published code takes the new w with the old gradient, and stops one step before.
+deviates: the schedule as printed (appendix A) has t - t_i - t_f above the line, and is more than
+b_0 at first; this is the published code's, whose t is one less; its mask drops every triplet of
+a tie; and --clip leaves the penalty alone, where the paper's is a term of the loss (triplets.py).
 
 What this file does not do: shortcuts, which keep all their ranks; costs: a rank counts as 1.
 """

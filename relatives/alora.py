@@ -98,9 +98,10 @@ class ALoRA:
         for name, count in grown.items():
             layer = self.layers[name]
             for k in layer.ranks_off[:count]:
-                row = torch.randn(layer.in_features, generator=self.generator)  # (in,)
+                n, kind = layer.in_features, torch.float32
+                row = torch.randn(n, generator=self.generator, dtype=kind)  # (in,)
                 # of the variance that lora_A has at first, 1 / (3 in)
-                layer.lora_A[k] = row.to(layer.lora_A) * (3 * layer.in_features) ** -0.5
+                layer.lora_A[k] = row.to(layer.lora_A) * (3 * n) ** -0.5
                 layer.lora_B[:, k] = 0
                 for parameter in self.parts[name][k]:
                     self.forget(parameter)

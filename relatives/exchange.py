@@ -4,7 +4,7 @@
 
     name    | symbol  | meaning
     gates   | a = 0   | dict module -> the ranks that are off before the decision
-    whole   | -S(M)   | the loss with all other ranks
+    whole   | -S(M)   | the loss with all ranks that are on
     without |         | the loss without rank k as well
     alone   |         | the loss with rank k alone
 
@@ -27,7 +27,7 @@ def mean_loss(model, batches):
 
 
 def importance(model, batches):
-    """The importance of every rank that is on; all gates are left as they were.
+    """The importance of every rank that is on; all gates are left as they were, in any case.
 
     Args:
         model: model.Transformer with adapters, ranks_off of each set. batches: list of batches.
@@ -39,20 +39,24 @@ def importance(model, batches):
     gates = {name: layer.ranks_off for name, layer in layers.items()}
     ranks = [(n, k) for n, a in layers.items() for k in range(a.r) if k not in gates[n]]
     model.eval()
-    whole, found = mean_loss(model, batches), {}
-    for name, k in ranks:
-        layer = layers[name]
-        layer.ranks_off = [*gates[name], k]
-        without = mean_loss(model, batches)
-        for other in layers.values():
-            other.ranks_off = list(range(other.r))
-        layer.ranks_off = [j for j in range(layer.r) if j != k]
-        alone = mean_loss(model, batches)
-        # IS(k) = S(M) - S(M without k) + S(M with k alone),  S = -loss
-        found[name, k] = -whole + without - alone
+    try:
+        whole, found = mean_loss(model, batches), {}
+        for name, k in ranks:
+            layer = layers[name]
+            layer.ranks_off = [*gates[name], k]
+            without = mean_loss(model, batches)
+            for other in layers.values():
+                other.ranks_off = list(range(other.r))
+            layer.ranks_off = [j for j in range(layer.r) if j != k]
+            alone = mean_loss(model, batches)
+            # IS(k) = S(M) - S(M without k) + S(M with k alone),  S = -loss
+            found[name, k] = -whole + without - alone
+            for n, off in gates.items():
+                layers[n].ranks_off = off
+    finally:
         for n, off in gates.items():
             layers[n].ranks_off = off
-    model.train(training)
+        model.train(training)
     return distributed.mean_scores(found)
 
 

@@ -61,7 +61,7 @@ class LoRAXS(LoRALayer):
         B, A = singular_pair(base.weight, r)
         self.lora_A = nn.Parameter(A, requires_grad=False)  # (r, in)
         self.lora_B = nn.Parameter(B, requires_grad=False)  # (out, r)
-        R = DEVIATION * torch.randn(r, r, generator=generator)  # (r, r)
+        R = DEVIATION * torch.randn(r, r, generator=generator, dtype=torch.float32)  # (r, r)
         self.lora_R = nn.Parameter(R.to(A))
 
     def factors(self):

@@ -15,8 +15,8 @@ Copies rotated along the rank axis pair each chunk of A with other rows of the c
 chunk's. Scaling is lora_alpha / r.
 
 deviates: the released code truncates the last chunk where x does not divide the features; here that
-is refused. u = 1 and x = 4 are ours: the paper tunes them. For others take
-functools.partial(PRoLoRA, unshared_r=2, x_A=2, x_B=2).
+is refused. u = 1 and x = 4 are ours: the paper tunes them. For others make a subclass whose
+__init__ hands them on.
 
 What this file does not do: unrotated sharing, or sharing between layers (tied.py).
 """

@@ -19,7 +19,7 @@ def ranks_within_budget(rank_scores, rank_costs, budget, generator=None, one_eac
     holds the best part of each, and the best of the others that the rest of the budget buys.
 
     Args:
-        rank_scores: dict name -> list of r floats, the saliency of each rank-one part.
+        rank_scores: dict name -> list of r floats, the score of each rank-one part.
         rank_costs: dict name -> int, parameters of one rank, in + out.
         budget, generator: as in within_budget.
         one_each: bool, every module keeps one part at least.
@@ -34,8 +34,8 @@ def ranks_within_budget(rank_scores, rank_costs, budget, generator=None, one_eac
         refuse_less_than_one_each(rank_costs, budget)
     generator = generator or torch.Generator().manual_seed(0)
     scores, costs, chosen = {}, {}, set()
-    for name, parts in rank_scores.items():
-        own = {f"{name}/{k}": saliency for k, saliency in enumerate(parts)}
+    for name, parts in sorted(rank_scores.items()):  # ties do not depend on the order of names
+        own = {f"{name}/{k}": score for k, score in enumerate(parts)}
         if one_each:
             [best] = top(own, 1, generator)
             chosen.add(best)

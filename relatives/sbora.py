@@ -14,8 +14,8 @@ times scaling^2. One gathers where LoRA multiplies, and the frozen factor is r i
 
 deviates: the released code draws S from Python's global generator; here from the module's own.
 
-What this file does not do: choose S by anything but chance; FB draws from the outputs, at most r of
-them. In adapter files the identity's rows are written out, so that any reader of LoRA can load it.
+What this file does not do: choose S by anything but chance; FB draws r of the outputs. In
+adapter files the identity's rows are written out, so that any reader of LoRA can load it.
 """
 
 import torch

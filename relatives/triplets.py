@@ -32,7 +32,8 @@ class AdaLoRALayer(LoRALayer):
         super().__init__(base, in_features, out_features, r, lora_alpha, lora_dropout, generator)
         with torch.no_grad():
             for factor in (self.lora_A, self.lora_B):  # N(0, 0.02^2)
-                factor.copy_(0.02 * torch.randn(factor.shape, generator=generator))
+                noise = torch.randn(factor.shape, generator=generator, dtype=torch.float32)
+                factor.copy_(0.02 * noise)
         self.lora_E = nn.Parameter(self.lora_A.new_zeros(r, 1))
 
     def branch(self):

@@ -2,8 +2,8 @@
 
     tensors     lora_A (r, in) and lora_B (out, r) of every module, and the head, under our names
     metadata    "adapters": {module: {"r", "scaling", "enabled"}}, with "kind" where it is no LoRA
-                pair but stored as it is; and in it "shortcut_norm", where that is not "none": of
-                two keys the library writes either first, and equal runs have equal bytes
+                pair but stored as it is; and in it "shortcut_norm", where that is not "none": the
+                library writes two keys in any order, and equal runs are to have equal bytes
 
 The weight of a module that is enabled is W_0 + scaling * B A; one with r = 0 adds nothing. One of
 kind "dora" has a tensor lora_magnitude (out,) as well, the norms of its weight's rows.
@@ -66,13 +66,11 @@ def read(path, shortcut_norm):
         raise FileNotFoundError(f"no adapter at {path}: give a run folder or its .safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["adapters"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["adapters"])
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no adapter of this program: {shown(error)}") from error
     norm = about.pop("shortcut_norm", "none") if isinstance(about, dict) else "none"
-    norm = metadata.get("shortcut_norm", norm)  # a key of its own in files of before
     wrong = misfit(without_kinds(about), ABOUT, "adapters")
     if wrong:
         raise ValueError(f"{path} is no adapter of this program: {wrong}")

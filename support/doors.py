@@ -4,6 +4,8 @@
     refuse_numbers   of a model: weights that hold no numbers, or too small a range of them
     refuse_adapted   of a model: it is to get adapters, and has some
     refuse_places    of the places that are to be adapted: unknown, or none
+    refuse_names     of what is to be switched on: no set of names of modules
+    refuse_merged    of modules that are to train on with Delta-LoRA: merged
     refuse_merge     of modules: merged, or with a branch that no matrix equals
     refuse_batches   of a list of batches: each must have a loss, and read inside the tables
 
@@ -61,6 +63,24 @@ def refuse_places(config, *given):
         raise ValueError(f"nothing to adapt: name at least one target out of {linears}")
     if asked == {"gate_proj"} and not config.gated:
         raise ValueError(f"a {config.family} model has no gate_proj: name another target")
+    if asked == {"shortcut_ffn"} and config.num_layers == 1:
+        raise ValueError("nothing to adapt: the first block has no shortcut_ffn, and it is alone")
+
+
+def refuse_names(on, layers):
+    """Raises ValueError where what is to be switched on is no set of names of modules."""
+    if not isinstance(on, set | frozenset):
+        raise ValueError(f"what is on is a {type(on).__name__}, expected a set of names")
+    if on - layers.keys():
+        odd = min(on - layers.keys(), key=repr)
+        raise ValueError(f"no module is called {odd!r}, allowed: the names in adapters(model)")
+
+
+def refuse_merged(layers):
+    """Raises ValueError where a weight holds B A as well: unmerge would undo what is done to it."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged: call unmerge(model) before Delta-LoRA")
 
 
 def refuse_merge(layers, chosen):
@@ -71,9 +91,13 @@ def refuse_merge(layers, chosen):
     """
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model is merged already: call unmerge(model) before merging again")
+    linear = {n: a.base.weight for n, a in layers.items() if isinstance(a.base, torch.nn.Linear)}
     for name, layer in chosen.items():
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
+        other = next((n for n, w in linear.items() if w is layer.base.weight and n != name), None)
+        if other:
+            raise ValueError(f"{name} has the weight of {other}: merging one changes both")
         large.refuse_merge(name, layer.base.weight, next(iter(layer.factors().values())))
         if layer.lora_dropout and layer.training:
             raise ValueError(

@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from proxies import loss_terms
 from support import distributed, glue, report, run_folder, terminal, writing
 
 EVAL_BATCH_SIZE = 64
@@ -73,7 +72,7 @@ def language(model, examples):
     mine, total, terms = list(distributed.shares(of_tokens(examples))), 0.0, 0
     for part, once in terminal.watched(mine, "evaluating"):
         batch = batch_of(model, part)
-        n = once * loss_terms(model, batch)
+        n = once * counted(part)
         # loss = sum over batches of n * (their mean loss) / sum of n     n: predicted tokens
         total += model(**batch).loss.item() * n
         terms += n
@@ -101,7 +100,7 @@ def better(task, new, old):
 
 
 def measure(run, split):
-    """(metrics of a split, what its prompts are answered with, "", or what is not measured)."""
+    """(metrics of a split, the answers to its prompts or None, what is not measured or "")."""
     return answer(run, split, evaluate(run.model, run.task, getattr(run, split)))
 
 
@@ -166,10 +165,10 @@ def as_it_stands(run, source):
     if run.test_metrics:
         lines.append(f"{len(run.test)} examples of {source('test')}")
         lines.append(f"test: {report.show(run.test_metrics)}")
-    return "\n".join([*lines, notes + examples(run)]).rstrip("\n")
+    return "\n".join([*lines, notes + answered(run)]).rstrip("\n")
 
 
-def examples(run):
+def answered(run):
     """A few prompts of the last split with their answers and references, in lines; or ""."""
     split = next(reversed(run.written), None)
     if split is None:

@@ -355,14 +355,9 @@ def stored_flags(folder):
     """The flags of a run, each as the command line would take it.
 
     Raises:
-        ValueError: a flag that is wrong, by its name; a run of an earlier version.
+        ValueError: a flag that is wrong or not there, by its name.
     """
     stored, args = run_folder.read_config(folder), {}
-    if "ranking" not in stored:
-        raise ValueError(
-            f"{folder} was made by an earlier version of train.py, which called --ranking --rank: "
-            "it cannot be resumed, start a new run"
-        )
     for name, (kind, default, _) in FLAGS.items():
         key = name.replace("-", "_")
         value = args[key] = stored.get(key, default)
@@ -375,6 +370,11 @@ def stored_flags(folder):
             fits = False
         if not fits:
             raise ValueError(f"{folder}/config.json: {key} is {value!r}, no value of --{name}")
+    lacks = args.keys() - stored.keys()
+    if lacks:
+        raise ValueError(
+            f"{folder}/config.json lacks {min(lacks)}: no run of this train.py made it"
+        )
     args["test"] = stored.get("test", False)
     if not isinstance(args["test"], bool):
         raise ValueError(f"{folder}/config.json: test is {args['test']!r}, expected true or false")

@@ -15,7 +15,7 @@ heads of another task). What is known and not needed is listed in the family's r
 (families.py); anything else that is missing, unexpected or misshapen is an error that lists it.
 
 What this file does not do: know a family (families.py), build the model (model.py), write
-checkpoints (run_folder.py), fetch (download.py).
+checkpoints (checkpoint.py), fetch (download.py).
 """
 
 import json

@@ -32,6 +32,7 @@ READ_WHOLE = {  # proxies that a sharded model cannot be scored by -> why
     "grad_norm_slot": "it is about the gradient of whole weights",
     "snip_slot": "it is about the gradient of whole weights",
 }
+READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
 
 # ----------------------------------------------------------------------------------- a base in bf16
 
@@ -48,7 +49,7 @@ def stays_wide(name, head=()):
 
 def refuse_dtype(base_dtype):
     """Raises ValueError for another name than those of DTYPES."""
-    if base_dtype not in DTYPES:
+    if base_dtype not in tuple(DTYPES):  # a list out of a file has no hash
         raise ValueError(f"base_dtype is {base_dtype!r}, allowed: {', '.join(DTYPES)}")
 
 
@@ -193,9 +194,18 @@ def bytes_of_parameters(model):
 
 
 def refuse_proxy(name, model):
-    """Raises ValueError where a sharded model is to be scored by what needs all of it."""
+    """Raises ValueError where a model has not all of its weights in place, and the score needs it.
+
+    They are in parts where it is sharded, and lack what Delta-LoRA's lazy=True adds to the output.
+    """
     if name in READ_WHOLE and is_sharded(model):
         raise ValueError(f"{name} cannot score a sharded model: {READ_WHOLE[name]}")
+    hooked = [n for n, m in model.named_modules() if n.endswith(".base") and m._forward_hooks]
+    if name in READ_WEIGHTS and hooked:
+        raise ValueError(
+            f"{name} reads weights, and {hooked[0]} has a hook that adds to what its weight gives, "
+            "as Delta-LoRA's lazy=True does: score by what reads gradients alone"
+        )
 
 
 def refuse_part(name, weight, instead):
@@ -221,8 +231,8 @@ def refuse_merge(name, weight, factor):
         name: of the module. weight: (out, in), of its base. factor: one of its factors.
     """
     refuse_part(name, weight, "load the model in one process to merge")
-    if weight.dtype != factor.dtype:
+    if weight.dtype != factor.dtype or weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} has a weight in {weight.dtype}, which would round away most of B A: call "
-            'cast_base(model, "fp32") before merge'
+            'cast_base(model, "fp32") before merge, or model.float()'
         )

@@ -1,6 +1,6 @@
 """What a run says at its end: numbers in, lines of text out.
 
-What this file does not do: measure anything (train.py), draw (tools/plot.py).
+What this file does not do: measure anything (evaluation.py), draw (tools/plot.py).
 """
 
 

@@ -10,7 +10,8 @@
 
 Files are written beside their final name, flushed to the disk, and renamed.
 
-What this file does not do: decide what is stored (train.py), export to other formats (tools/peft).
+What this file does not do: decide what is stored (run.py, checkpoint.py), export to other
+formats (tools/peft).
 """
 
 import contextlib

@@ -24,7 +24,6 @@ from relatives import rank_scores
 from relatives.incompatible import refuse_incompatible
 from support import large, tasks
 
-READ_WEIGHTS = ("synflow", "synflow_released", "snip_slot")  # proxies, of the frozen weights
 EPSILON = 1e-8  # of AdamW, beside the root of the second moment
 
 # ------------------------------------------------------------------------------------- flags alone
@@ -118,7 +117,7 @@ def contradictions(a):
 
 def of_training(a):
     """(whether, message) as contradictions, of Delta-LoRA and of the optimizer's settings."""
-    delta, reads_weights = a.delta_ratio != 0, a.proxy in READ_WEIGHTS
+    delta, reads_weights = a.delta_ratio != 0, a.proxy in large.READ_WEIGHTS
     lazy = delta and a.delta_lazy == "yes"
     return (
         (
@@ -280,7 +279,7 @@ def about_allocation(a, examples, per_epoch, plan):
             f"--score-batches {a.score_batches}, {asked:,} examples: the training set has "
             f"{examples}, all of them are scored",
         ),
-        (whole, f"--{budget}: all {len(plan.costs)} modules are on, {a.proxy} chooses nothing"),
+        (whole, f"--{budget}: all {len(plan.costs)} modules fit, {a.proxy} chooses nothing"),
         (
             dynamic and due * a.epochs == 1,
             f"--every {a.every:g}: the run has one decision, dynamic is static here",

@@ -5,6 +5,7 @@ mode, p, and what was switched on. allocate.keep_top must choose the same set. E
 differs.
 """
 
+import argparse
 import collections
 import json
 import sys
@@ -15,9 +16,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import allocate
 
 
-def main(path):
-    results = collections.defaultdict(lambda: [0, 0])
-    for line in Path(path).read_text().splitlines():
+def main(argv=None):
+    """Exit code: 0 all are reproduced; 1 one is not; 2 no file of decisions."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recorded", type=Path, help="one decision a line")
+    path, results = parser.parse_args(argv).recorded, collections.defaultdict(lambda: [0, 0])
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        print(f"conformance.py: {error}", file=sys.stderr)
+        return 2
+    for line in lines:
         decision = json.loads(line)
         scores = {f"layers.{i}.{module}": value for i, module, value in decision["scores"]}
         expected = {f"layers.{i}.{module}" for i, module in decision["on"]}
@@ -33,4 +42,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

@@ -367,13 +367,15 @@ def test_chance_has_the_variance_of_one_permutation_in_all_seeds(results):
     assert np.std([r for r, _ in found]) == pytest.approx(((1 + 1 / 3) / 2 / 7) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("change", ["not JSON", "repeat", "one score less", "empty"])
+@pytest.mark.parametrize("change", ["not JSON", "repeat", "one score less", "space", "empty"])
 def test_a_damaged_file_is_one_line(results, capsys, change):
     lines = results.read_text().splitlines()[:2]
     if change == "one score less":
         record = json.loads(lines[1])
         record["scores"]["right"].popitem()
         lines[1] = json.dumps(record)
+    elif change == "space":
+        lines[1] = json.dumps({**json.loads(lines[1]), "space": []})
     elif change == "empty":
         lines = []
     else:

@@ -170,7 +170,18 @@ def test_the_chosen_set_is_the_best_there_is(kind):
 def test_of_what_fits_some_is_chosen_where_the_only_positive_score_is_too_large():
     scores, costs = {"a": 1.0, "b": -1.0, "c": 0.0}, {"a": 100, "b": 10, "c": 10}
     chosen = {frozenset(allocate.within_budget(scores, costs, 15, rng(s))) for s in range(20)}
+    assert chosen == {frozenset("c")}
+    scores["b"] = 0.0
+    chosen = {frozenset(allocate.within_budget(scores, costs, 15, rng(s))) for s in range(20)}
     assert chosen == {frozenset("b"), frozenset("c")}
+    assert allocate.within_budget({"b": -1.0, "c": -5.0}, costs, 15) == {"b"}
+
+
+def test_a_score_that_a_sum_rounds_away_is_bought_where_it_fits():
+    scores, costs = {"a": 1e30, "b": 1.0, "c": 2.0, "d": 1e-3}, dict(a=3, b=2, c=2, d=1)
+    assert allocate.within_budget(scores, costs, 8) == {"a", "b", "c", "d"}
+    assert allocate.within_budget(scores, costs, 6) == {"a", "c", "d"}
+    assert allocate.within_budget(scores, costs, 4) == {"a", "d"}
 
 
 def test_three_hundred_modules_of_mixed_size():
@@ -255,7 +266,6 @@ def plan(mode="dynamic", every=0.2, budget=None):
         (312, 0.2, [0, 63, 126, 189, 252]),  # RTE
         (100, 0.07, list(range(0, 100, 7))),  # 0.07 * 100 is 7.000000000000001
         (10, 1.0, [0]),
-        (10, 2.0, [0]),
         (3, 0.01, [0, 1, 2]),
     ],
 )
@@ -268,6 +278,22 @@ def test_dynamic_schedule_counts_inside_each_epoch(steps, every, expected):
 def test_static_schedule_is_once():
     p = plan("static")
     assert [s for s in range(20) if p.due(s, s % 5, 5)] == [0]
+
+
+def test_a_plan_that_is_none_is_refused():
+    costs = {"layers.0.q_proj": 24}
+    for given, message in (
+        (
+            {"mode": "Static"},
+            "mode is 'Static' and every 1.0, allowed: static, dynamic",
+        ),
+        ({"mode": "dynamic", "every": 2.0}, "every 2.0, allowed: .* 0 < every <= 1"),
+        ({"mode": "dynamic", "every": 0.0}, "every 0.0, allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocate.Reallocator(costs, keep=1.0, **given)
+    with pytest.raises(ValueError, match="kind is 'sizes', allowed: random, size"):
+        allocate.baseline_scores("sizes", costs, rng())
 
 
 def test_a_plan_without_a_decision_is_refused_when_it_is_made():

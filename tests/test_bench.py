@@ -10,7 +10,7 @@ import torch
 import tiny
 from relatives import METHODS
 from tools.bench import __main__ as bench
-from tools.bench import language, peak, relatives, timing
+from tools.bench import language, peak, relatives, timing, training
 
 
 def test_arms_take_turns_and_the_first_round_is_not_counted():
@@ -63,6 +63,14 @@ def test_bad_data_is_one_line(tmp_path, capsys):
     assert bench.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("tools.bench: ") and error.count("\n") == 1
+
+
+def test_a_task_of_another_head_than_the_benchmarks_is_one_line(tmp_path):
+    lines = "sentence1\tsentence2\tgold_label\na\tb\tneutral\nc\td\tentailment\n"
+    for name in ("train.tsv", "dev_matched.tsv"):
+        (tmp_path / name).write_text(lines)
+    with pytest.raises(ValueError, match="mnli has not two classes"):
+        training.minilm_batches("mnli", tmp_path, None)
 
 
 def test_all_relatives_are_measured_beside_plain_lora():

@@ -161,7 +161,15 @@ def test_dev_stands_for_the_test_set_where_the_study_says_so(study, tmp_path):
         ('controls = ["a"]', 'controls = ["x"]', "unknown control 'x'"),
         ("seeds = [1, 2]", "seeds = [100]", "in tune and in final"),
         ("seeds = [1, 2]", 'seeds = [1]\ntest = "train"', "'train', allowed: test, dev"),
-        ("task =", "tusk =", "KeyError.*task"),
+        ("task =", "tusk =", "is not a study: the content lacks 'task'"),
+        ("lrs = [1e-3, 3e-3]", "lrs = []", "lrs of arm 'a' is empty"),
+        ("lrs = [1e-3, 3e-3]", 'lrs = "1e-3"', "lrs is '1e-3', expected list"),
+        ('controls = ["a"]', 'contorls = ["a"]', r"arms\[1\] has 'contorls'"),
+        ('controls = ["a"]', 'order = "first"', "order is 'first', expected count"),
+        ("pairs = 2", 'pairs = "2"', "pairs is '2', expected count"),
+        ("seeds = [1, 2]", 'seeds = "12"', "seeds is '12', expected list"),
+        ("seeds = [1, 2]", "seeds = []", "final.seeds is empty"),
+        ("[tune]", "[[tune]]", "is not a study: TypeError"),
         ('task = "mrpc"', 'task = "stsb"', "task is 'stsb', a study compares accuracy: .*mrpc"),
         ("[tune]", "[tune", "TOML"),
     ],
@@ -173,6 +181,14 @@ def test_bad_studies_are_one_line(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message) as error:
         compare.read_study(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_a_study_without_jobs_is_refused(jobs, capsys):
+    with pytest.raises(SystemExit) as error:
+        compare.main(["run", "studies/mrpc.toml", "--jobs", jobs])
+    assert error.value.code == 2
+    assert f"'{jobs}' is not an integer from 1 up" in capsys.readouterr().err
 
 
 def test_the_studies_that_are_shipped_can_be_read_and_their_flags_parse():
@@ -201,8 +217,14 @@ def test_a_torn_last_line_is_mended_and_nothing_is_counted_twice(tmp_path):
     compare.append(path, one)
     with pytest.raises(ValueError, match=r"r\.jsonl:3 is the run of line 1 again"):
         compare_report.read_results(path)
-    for content in ("{}\n", "[" * 10**5 + "\n"):
-        path.write_text(content)
+    last = {"space": "s", "controls": [], "trainable": {"adapters": 1}, "predictions": "1"}
+    final = line("final", "a", 1e-3, 1, 0.5, test={"accuracy": 0.5}, **last)
+    path.write_text(json.dumps(final) + "\n")
+    assert compare_report.read_results(path) == [final]
+    damaged = [{"phase": "final"}, {**one, "lr": []}, {**one, "phase": []}, {**one, "dev": [{}]}]
+    damaged += [{**final, "test": {}}, {**final, "dev": []}, {**final, "trainable": {}}]
+    for content in ("{}", "[]", "[" * 10**5, *map(json.dumps, damaged)):
+        path.write_text(content + "\n")
         with pytest.raises(ValueError, match=r"r\.jsonl:1 is no line of a study"):
             compare_report.read_results(path)
 
@@ -542,7 +564,7 @@ def test_a_line_says_what_the_run_said(study, tmp_path):
 
 def test_other_flags_are_another_folder(study, tmp_path):
     run = compare.Run("tune", "a", 1e-3, 100)
-    one, other = (compare.folder_of(study, run, f"--r {r}", tmp_path) for r in (2, 3))
+    one, other = (compare.folder_of(run, f"--r {r}", tmp_path) for r in (2, 3))
     assert one != other
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lora
+import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA, delta_update_
@@ -340,6 +341,35 @@ def test_needs_a_linear_base():
     lora.inject(m, (), r=2, shortcuts=("residual_1", "shortcut_sa"))
     with pytest.raises(ValueError, match="no weight to move"):
         DeltaLoRA(m)
+
+
+def test_nothing_is_done_to_a_merged_weight():
+    """Unmerging would put W_T back over what was done to it."""
+    m = problem()
+    delta = DeltaLoRA(m, 1.0, start=-1)
+    run(m, 2, adamw(m), delta)
+    state, moved = delta.state(), delta.weight_change()
+    lora.merge(m)
+    for call in (delta.before_step, delta.back_to_pretrained, delta.state):
+        with pytest.raises(ValueError, match="is merged: call unmerge"):
+            call()
+    with pytest.raises(ValueError, match="is merged: call unmerge"):
+        delta.load(state)
+    lora.unmerge(m)
+    assert delta.weight_change() == moved and min(moved.values()) > 0
+
+
+def test_a_lazy_model_has_one_hook_and_no_score_that_reads_its_weights():
+    m = problem()
+    delta = DeltaLoRA(m, 1.0, start=-1, lazy=True)
+    run(m, 2, adamw(m), delta)
+    with pytest.raises(ValueError, match="has a forward hook already: lazy=True needs a fresh"):
+        DeltaLoRA(m, 0.5, start=-1, lazy=True)
+    batches = [tiny.batch(m.config)]
+    for proxy in ("synflow", "synflow_released", "snip_slot"):
+        with pytest.raises(ValueError, match=f"{proxy} reads weights, and layers.*hook"):
+            proxies.score(proxy, m, batches)
+    assert min(proxies.score("grad_norm", m, batches).values()) > 0
 
 
 def test_lazy_mode_works_on_a_shared_base():

@@ -521,6 +521,41 @@ def test_foreign_modules_are_called_that_everywhere():
             call(foreign)
 
 
+def test_what_is_switched_on_is_a_set_of_names():
+    """A record of a decision, {name: bool}, would switch on what it has as false as well."""
+    model = tiny.adapted("bert", targets=("q_proj",))
+    names = list(lora.adapters(model))
+    for on, message in (
+        ({names[0]: True, names[1]: False}, "what is on is a dict, expected a set of names"),
+        (names[:1], "what is on is a list"),
+        ({names[0], "layers.0.q"}, "no module is called 'layers.0.q'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora.switch(model, on)
+        assert all(layer.enabled for layer in lora.adapters(model).values())
+    lora.switch(model, frozenset(names[:1]))
+    assert [layer.enabled for layer in lora.adapters(model).values()] == [True, False, False]
+
+
+def test_a_first_block_alone_has_no_shortcut_from_the_one_before():
+    with pytest.raises(ValueError, match="nothing to adapt: the first block has no shortcut_ffn"):
+        lora.inject(tiny.model("bert", num_layers=1), (), r=2, shortcuts=("shortcut_ffn",))
+
+
+def test_a_weight_that_two_modules_have_is_not_merged():
+    """The second would keep W + B A of the first as what it was before."""
+    model = tiny.adapted("bert", targets=("q_proj", "v_proj"))
+    model.layers[1].q_proj.base.weight = model.layers[0].v_proj.base.weight
+    before = model.layers[0].v_proj.base.weight.clone()
+    message = r"layers\.0\.v_proj has the weight of layers\.1\.q_proj: merging one changes both"
+    with pytest.raises(ValueError, match=message):
+        lora.merge(model)
+    assert torch.equal(model.layers[0].v_proj.base.weight, before)
+    model.layers[1].q_proj.enabled = False  # it would not be merged, and yet change
+    with pytest.raises(ValueError, match="merging one changes both"):
+        lora.merge(model)
+
+
 def test_no_module_of_a_merged_model_is_switched():
     """Neither one that was merged nor one that was off, nor a shortcut; afterwards all of them."""
     model = tiny.adapted("bert", targets=("q_proj",), shortcuts=lora.RESIDUALS)

@@ -7,6 +7,7 @@ carried on, in norm, as it is: 42 u.
 """
 
 import json
+import re
 import types
 
 import pytest
@@ -193,8 +194,10 @@ def test_loading_rounds_what_is_frozen(tmp_path):
         narrow = "norm" not in name and "classifier" not in name
         assert found.dtype == (torch.bfloat16 if narrow else torch.float32), name
         assert torch.equal(found, parameter.to(found.dtype)), name
-    with pytest.raises(ValueError, match="base_dtype is 'fp8', allowed: fp32, bf16"):
-        large.cast_base(model, "fp8")
+    for wrong in ("fp8", ["fp32"]):  # the second as a file may have it
+        message = re.escape(f"base_dtype is {wrong!r}, allowed: fp32, bf16")
+        with pytest.raises(ValueError, match=message):
+            large.cast_base(model, wrong)
 
 
 def test_merging_into_bf16_is_refused_and_into_its_numbers_in_float32_exact():
@@ -211,6 +214,10 @@ def test_merging_into_bf16_is_refused_and_into_its_numbers_in_float32_exact():
     torch.testing.assert_close(layer.base.weight.double(), expected, rtol=1e-6, atol=1e-6)
     lora.unmerge(model)
     assert torch.equal(layer.base.weight, rounded)
+    whole = tiny.model("llama").bfloat16()  # its pairs are in bfloat16 as well
+    lora.inject(whole, r=2)
+    with pytest.raises(ValueError, match=r"has a weight in torch.bfloat16, which .* model.float"):
+        lora.merge(whole)
 
 
 def test_delta_lora_on_bf16_is_lazy_and_exports_what_it_computes():

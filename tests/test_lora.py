@@ -88,6 +88,13 @@ def test_initial_a_depends_on_seed_and_name_alone():
     for i in range(3):
         name = f"layers.{i}.v_proj"
         assert torch.equal(first[name].lora_A[:2].float(), second[name].lora_A)
+    torch.set_default_dtype(torch.float64)
+    try:
+        third = lora.inject(tiny.model("bert"), ("v_proj",), r=5, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, layer in third.items():
+        assert torch.equal(layer.lora_A, first[name].lora_A)
     assert not torch.equal(first["layers.0.v_proj"].lora_A, first["layers.1.v_proj"].lora_A)
     assert not torch.equal(first["layers.0.v_proj"].lora_A, first["layers.0.q_proj"].lora_A)
     other = lora.inject(tiny.model("bert"), ("v_proj",), r=5, seed=4)
@@ -298,13 +305,13 @@ def test_what_has_moved_stays_in_the_file_though_it_is_off_at_the_end(lazy, tmp_
 
     m = tiny.adapted("bert", r=1)
     names = list(lora.adapters(m))
-    lora.switch(m, names[:2])
+    lora.switch(m, set(names[:2]))
     delta = DeltaLoRA(m, 1.5, start=0, lazy=lazy)
     for i in range(4):
         delta.before_step()
         tiny.randomise([p for n, p in lora.trainable(m).items() if "lora_" in n], seed=20 + i)
         delta.after_step()
-    lora.switch(m, [names[0], names[2]])
+    lora.switch(m, {names[0], names[2]})
     lora.save_adapter(m, tmp_path, delta.export())
     fresh = tiny.model("bert")
     loaded = lora.load_adapter(fresh, tmp_path)
@@ -325,12 +332,7 @@ def test_equal_adapters_are_equal_files(tmp_path):
     fresh = tiny.model("bert", shortcut_norm="reuse")
     lora.load_adapter(fresh, tmp_path)
     with safetensors.safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["adapters"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert about.pop("shortcut_norm") == "reuse"
-    before = {"adapters": json.dumps(about), "shortcut_norm": "reuse"}  # two keys, as once
-    safetensors.torch.save_file(tensors, path, before)
-    lora.load_adapter(tiny.model("bert", shortcut_norm="reuse"), tmp_path)
+        assert json.loads(file.metadata()["adapters"])["shortcut_norm"] == "reuse"
     with pytest.raises(ValueError, match="trained with shortcut_norm 'reuse'"):
         lora.load_adapter(tiny.model("bert"), tmp_path)
 

@@ -420,9 +420,30 @@ def test_nonsense_is_refused_in_one_line(tmp_path, capsys):
         assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    (tmp_path / "x.json").write_text(json.dumps({"function": "merge"}))
-    assert main(["check", str(tmp_path), "--candidate", str(own)]) == 2
-    assert "is not a case of the oracle" in capsys.readouterr().err
+    case = json.loads((GOLDEN / "merge-linear.json").read_text())
+    tensors = (GOLDEN / "merge-linear.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(tensors)
+    for changed, message in (
+        ({"function": "merge"}, "is not a case of the oracle: the content "),
+        ({**case, "function": "torch"}, "function is 'torch', expected function of the interface"),
+        ({**case, "dtypes": ["float16"]}, "is 'float16', expected name of a dtype"),
+        ({**case, "tolerance": {}}, "a dtype without a tolerance"),
+        ({**case, "expected": {"tensor": "x"}}, "lacks the tensor 'x'"),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(changed))
+        assert main(["check", str(tmp_path), "--candidate", str(own)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_candidate_that_ends_the_program_has_not_passed(tmp_path, capsys):
+    path = tmp_path / "ends.py"
+    path.write_text("import sys\nsys.exit(0)\n")
+    assert main(["check", "--candidate", str(path)]) == 2
+    assert "cannot be imported: SystemExit(0)" in capsys.readouterr().err
+    path.write_text("import sys\ndef merge(*args, **kwargs):\n    sys.exit(0)\n")
+    assert main(["check", "--candidate", str(path), "--only", "merge"]) == 1
+    assert "it ends the program: exit(0)" in capsys.readouterr().out
 
 
 def test_the_interface_names_every_function_and_shortcut(capsys):

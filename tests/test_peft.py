@@ -526,7 +526,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert tool.main(["export", str(run), str(adapter)]) == 0
     assert tool.main(["export", str(run), str(adapter)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
-    given = ["--model", str(base), "--task", "mrpc", "--data-dir", str(task)]
+    given = ["--model", str(base), "--data-dir", str(task)]
+    assert tool.main(["import", str(adapter), str(back), *given]) == 2
+    assert "--data-dir has no effect without --task" in capsys.readouterr().err
+    assert not back.exists()
+    given += ["--task", "mrpc"]
     assert tool.main(["import", str(adapter), str(back), *given]) == 0
     last = run_folder.read_log(run)[-1]
     metric = f"accuracy {last['accuracy']:.4f}, f1 {last['f1']:.4f}"

@@ -9,6 +9,7 @@ import lora
 import tiny
 import train
 from relatives import METHODS, adalora, alora, expressive_power, rank_steps
+from relatives import exchange as exchange_module
 from relatives.exchange import exchange, importance
 from support import run_folder
 from support.flags import parse_flags
@@ -327,6 +328,25 @@ def test_importance_by_deleting_ranks():
         expected = -loss(ranks) + loss([x for x in ranks if x != rank]) - loss([rank])
         assert found[rank] == pytest.approx(expected, abs=1e-12)
     assert found.keys() == set(ranks) and len(set(found.values())) == 4
+
+
+def test_gates_are_as_they_were_when_a_loss_raises(monkeypatch):
+    m, calls = of_two().train(), []
+    gates = [[1], [2, 3]]
+    for layer, off in zip(lora.adapters(m).values(), gates, strict=True):
+        layer.ranks_off = off
+    original = exchange_module.mean_loss
+
+    def third_raises(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(exchange_module, "mean_loss", third_raises)
+    with pytest.raises(KeyboardInterrupt):
+        importance(m, [tiny.batch(m.config)])
+    assert [a.ranks_off for a in lora.adapters(m).values()] == gates and m.training
 
 
 def test_importance_does_not_depend_on_how_tokens_are_cut_into_batches():

@@ -209,8 +209,8 @@ LORA = "--preset lora"
             "the run has 4 steps, no train",  # of 6 batches: 4 and 2, in two epochs
         ),
         ("--r 2 --score-batches 7", "--r 2 --score-batches 6", "35 examples: .* has 30, all"),
-        ("--r 2 --keep 1", "--r 2 --keep 0.9", "all 17 modules are on, grad_norm chooses"),
-        ("--r 2 --budget-params 816", "--r 2 --budget-params 815", "all 17 modules are on"),
+        ("--r 2 --keep 1", "--r 2 --keep 0.9", "all 17 modules fit, grad_norm chooses"),
+        ("--r 2 --budget-params 816", "--r 2 --budget-params 815", "all 17 modules fit"),
         (
             "--r 2 --epochs 1 --every 1",
             "--r 2 --epochs 2 --every 1",

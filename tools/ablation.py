@@ -61,6 +61,8 @@ import lora
 import proxies
 import train
 from support import flags, glue, run_folder
+from support.errors import one_line
+from support.form import count, finite, misfit
 from tools import compare_report
 
 SPACES = {"A": "none", "B": "all"}  # --shortcuts of train.py
@@ -337,20 +339,45 @@ def cut_torn_line(file, path):
     return records
 
 
+def moment(value):
+    return value in MOMENTS
+
+
+def versions(value):
+    return type(value) is dict and {"git", "torch", "python", "threads"} <= value.keys()
+
+
+FORM = {
+    "space": str,
+    "seed": count,
+    "settings": dict,
+    "moment": moment,
+    "step": count,
+    "scores": {str: {str: finite}},
+    "importance": {str: finite},
+    "loss": finite,
+    "seconds": {str: finite},
+    "versions": versions,
+}
+
+
 def parse(content, path):
     """{(space, seed, moment): record} of the whole lines; ValueError names a line that is wrong."""
     records = {}
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            key = record["space"], record["seed"], record["moment"]
-            modules = set(record["importance"])
-            wrong = [n for n, scores in record["scores"].items() if set(scores) != modules]
-            complete = {"settings", "loss", "seconds", "versions"} <= set(record)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is no line of this tool's results") from error
-        if key[2] not in MOMENTS or not modules or wrong or not complete:
-            raise ValueError(f"{path}:{number} is no line of this tool's results")
+            wrong = misfit(record, FORM)
+        except (ValueError, RecursionError) as error:
+            wrong = repr(error)
+        if not wrong:
+            modules = record["importance"].keys()
+            unlike = [n for n, scores in record["scores"].items() if scores.keys() != modules]
+            wrong = "" if modules else "no module was measured"
+            wrong = f"{unlike[0]} scores other modules than were measured" if unlike else wrong
+        if wrong:
+            raise ValueError(f"{path}:{number} is no line of this tool's results: {wrong}")
+        key = record["space"], record["seed"], record["moment"]
         if key in records:
             raise ValueError(f"{path}:{number} repeats {key}: remove one of the two lines")
         records[key] = record
@@ -592,7 +619,7 @@ def main(argv=None):
         print("\n".join(tables(records)))
         picture(records, args.file.with_suffix(".png"))
     except (ValueError, OSError) as error:
-        print(f"ablation.py: {error}", file=sys.stderr)
+        print(f"ablation.py: {one_line(error, 600)}", file=sys.stderr)
         return 2
     except train.CannotGoOn as error:
         print(f"ablation.py: {error}; what was measured before is kept", file=sys.stderr)

@@ -44,6 +44,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from support import glue, run_folder
+from support.errors import one_line
+from support.flags import number
+from support.form import count, finite, misfit
 from tools import compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,44 +95,65 @@ class Run:
 # ---------------------------------------------------------------------------------------- the study
 
 
+ARM = {"name": str, "space": str, "flags": str, "lrs": [finite], "order": count, "controls": [str]}
+FORM = {
+    "task": str,
+    "flags": str,
+    "tune": {"pairs": count, "split_seed": count, "seeds": [count], "widen": bool},
+    "final": {"seeds": [count], "test": str, "verdicts": bool},
+    "arms": [ARM],
+}
+
+
 def read_study(path):
     """A Study from its TOML file. Raises ValueError or OSError with one line."""
     try:
         content = tomllib.loads(path.read_text())
-        arms = [
-            Arm(
-                name=a["name"],
-                space=a["space"],
-                flags=a["flags"],
-                lrs=tuple(map(float, a["lrs"])),
-                order=a.get("order", 1),
-                controls=tuple(a.get("controls", ())),
-            )
-            for a in content["arms"]
-        ]
-        study = Study(
-            name=path.stem,
-            task=content["task"],
-            flags=content["flags"],
-            tune_pairs=content["tune"]["pairs"],
-            split_seed=content["tune"]["split_seed"],
-            tune_seeds=tuple(content["tune"]["seeds"]),
-            final_seeds=tuple(content["final"]["seeds"]),
-            arms=tuple(arms),
-            widen=content["tune"].get("widen", True),
-            test=content["final"].get("test", "test"),
-            verdicts=content["final"].get("verdicts", True),
-        )
+        content["arms"] = [{"order": 1, "controls": [], **arm} for arm in content["arms"]]
+        content["tune"] = {"widen": True, **content["tune"]}
+        content["final"] = {"test": "test", "verdicts": True, **content["final"]}
+        wrong = misfit(content, FORM)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a study: {error!r}") from error
+    if wrong:
+        raise ValueError(f"{path} is not a study: {wrong}")
+    tune, final = content["tune"], content["final"]
+    arms = [
+        Arm(**{**arm, "lrs": tuple(map(float, arm["lrs"])), "controls": tuple(arm["controls"])})
+        for arm in content["arms"]
+    ]
+    study = Study(
+        name=path.stem,
+        task=content["task"],
+        flags=content["flags"],
+        tune_pairs=tune["pairs"],
+        split_seed=tune["split_seed"],
+        tune_seeds=tuple(tune["seeds"]),
+        final_seeds=tuple(final["seeds"]),
+        arms=tuple(arms),
+        widen=tune["widen"],
+        test=final["test"],
+        verdicts=final["verdicts"],
+    )
+    check_study(study, path)
+    return study
+
+
+def check_study(study, path):
+    """Raises ValueError with one line where the study's values do not go together."""
     told = [name for name, task in glue.TASKS.items() if "accuracy" in task.metrics]
     if study.task not in told:
         allowed = ", ".join(told)
         raise ValueError(f"{path}: task is {study.task!r}, a study compares accuracy: {allowed}")
     if study.test not in ("test", "dev"):
         raise ValueError(f"{path}: final.test is {study.test!r}, allowed: test, dev")
-    names = [arm.name for arm in arms]
-    for arm in arms:
+    lists = {f"lrs of arm {arm.name!r}": arm.lrs for arm in study.arms}
+    lists |= {"arms": study.arms, "final.seeds": study.final_seeds, "tune.seeds": study.tune_seeds}
+    for what, values in lists.items():
+        if not values:
+            raise ValueError(f"{path}: {what} is empty")
+    names = [arm.name for arm in study.arms]
+    for arm in study.arms:
         if names.count(arm.name) > 1:
             raise ValueError(f"{path}: two arms are called {arm.name!r}")
         for lr in arm.lrs:
@@ -142,7 +166,6 @@ def read_study(path):
                 raise ValueError(f"{path}: arm {arm.name!r} has an unknown control {control!r}")
     if set(study.tune_seeds) & set(study.final_seeds):
         raise ValueError(f"{path}: a seed is in tune and in final: tuned on what is reported")
-    return study
 
 
 def run_of(line):
@@ -259,7 +282,7 @@ def split_training_set(folder, target, pairs, seed):
         run_folder.write_atomic(target / name, b"\n".join([header, *part]) + b"\n")
 
 
-def folder_of(study, run, flags, work):
+def folder_of(run, flags, work):
     """The run folder; its name holds a hash of the flags, so that other flags are another run."""
     slug = re.sub(r"[^a-z0-9]+", "-", run.arm.lower()).strip("-")
     digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
@@ -413,11 +436,11 @@ def make_missing(study, results, work, folders, labels, jobs):
             bar.total = len([r for r in lines if r["phase"] != "labels"]) + len(missing) + later
             bar.refresh()
             for run in missing:
-                if len(active) == jobs:
+                if len(active) >= jobs:
                     break
                 if run not in active:
                     flags = flags_of(study, arms[run.arm])
-                    folder = folder_of(study, run, flags, work)
+                    folder = folder_of(run, flags, work)
                     process = start(study, run, flags, folder, folders[run.phase])
                     active[run] = (folder, process)
             if not active:
@@ -463,7 +486,7 @@ def main(argv=None):
     run = commands.add_parser("run", help="make the runs that are missing")
     run.add_argument("study", type=Path, help="studies/NAME.toml")
     run.add_argument("--data-dir", type=Path, help="of the task; the embedded one needs none")
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    run.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time (default: 1)")
     run.add_argument("--results", type=Path, help="default: results/NAME.jsonl")
     run.add_argument("--work", type=Path, help="run folders (default: runs/study-NAME)")
     report = commands.add_parser("report", help="table, verdicts and a picture, from the lines")
@@ -486,7 +509,7 @@ def main(argv=None):
         results.parent.mkdir(parents=True, exist_ok=True)
         run_study(study, results, work, args.data_dir, args.jobs)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
+        print(f"compare.py: {one_line(error, 600)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -27,19 +27,43 @@ import os
 
 import numpy as np
 
+from support.form import count, finite, misfit
+
 MARGIN = 1.0  # points of test accuracy
 SEEDS = 10  # of a difference that is judged
 DRAWS = 10_000
+
+
+def metrics(value):
+    return type(value) is dict and finite(value.get("accuracy"))
+
+
+def epochs(value):
+    return type(value) is list and len(value) > 0 and all(map(metrics, value))
+
+
+def counts(value):
+    return type(value) is dict and count(value.get("adapters"))
+
+
+# What is read of a line, by its phase; a line may say more. form.py has the meaning of the forms.
+LABELS = {"labels": str}
+TUNE = {"arm": str, "lr": finite, "seed": count, "flags": str, "dev": [metrics]}
+RESULT = {"dev": epochs, "test": metrics, "predictions": str, "trainable": counts}
+FINAL = {**TUNE, **RESULT, "space": str, "controls": [str]}
+FORMS = {"labels": LABELS, "tune": TUNE, "final": FINAL}
 
 
 def read_results(path, mend=False):
     """The lines of a results file; a last line that a crash cut short is left out.
 
     Args:
-        path: results/NAME.jsonl; a file that is not there has no lines.
-        mend: bool, take the torn line out of the file, so that it can be appended to.
+        path: results/NAME.jsonl.
+        mend: bool, take the torn line out of the file, so that it can be appended to. A file that
+            is not there yet has no lines then.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: a line that is no line of a study, or a run that is there twice.
     """
     if not path.is_file():
@@ -53,11 +77,13 @@ def read_results(path, mend=False):
     for number, text in enumerate(whole.split("\n") if whole else [], 1):
         try:
             line = json.loads(text)
-            key = line["phase"], line.get("arm"), line.get("lr"), line.get("seed")
-            if line["phase"] not in ("labels", "tune", "final"):
-                raise ValueError(f"phase {line['phase']!r}")
+            form = FORMS[line["phase"]]
+            wrong = misfit({name: line[name] for name in form}, form)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is no line of a study: {error!r}") from error
+            wrong = repr(error)
+        if wrong:
+            raise ValueError(f"{path}:{number} is no line of a study: {wrong}")
+        key = line["phase"], line.get("arm"), line.get("lr"), line.get("seed")
         if key in seen:
             raise ValueError(f"{path}:{number} is the run of line {seen[key]} again: take one away")
         seen[key] = number

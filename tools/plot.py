@@ -50,7 +50,7 @@ def level(value, r):
     return len(value) / r if isinstance(value, list) else float(value)
 
 
-def by_type(names):
+def by_place(names):
     """(places, names sorted by place in order of first appearance, then by block)."""
     places = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return places, [n for p in places for n in names if n.rpartition(".")[2] == p]
@@ -58,7 +58,7 @@ def by_type(names):
 
 def over_time(axes, history, r):
     """Heat map (modules, decisions), and how often each module was on."""
-    places, names = by_type(list(history[0]["on"]))
+    places, names = by_place(list(history[0]["on"]))
     matrix = np.array([[level(h["on"][name], r) for h in history] for name in names])
     axes.imshow(matrix, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     labels = [f"{n.split('.')[1]}   {matrix[i].mean():4.0%}" for i, n in enumerate(names)]
@@ -77,19 +77,19 @@ def over_time(axes, history, r):
             axes.axhline(start - 0.5, color="black", linewidth=0.8)
 
 
-def over_layers(axes, decision, r):
+def over_blocks(axes, decision, r):
     """Heat map (places, blocks) of one decision."""
-    places, names = by_type(list(decision["on"]))
-    layers = 1 + max(int(n.split(".")[1]) for n in names)
-    matrix = np.full((len(places), layers), np.nan)
+    places, names = by_place(list(decision["on"]))
+    blocks = 1 + max(int(n.split(".")[1]) for n in names)
+    matrix = np.full((len(places), blocks), np.nan)
     for name in names:
         i, place = int(name.split(".")[1]), name.rpartition(".")[2]
         matrix[places.index(place), i] = level(decision["on"][name], r)
     axes.imshow(matrix, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(places)), places)
-    axes.set_xticks(range(layers), range(layers))
+    axes.set_xticks(range(blocks), range(blocks))
     axes.set_xlabel("block")
-    axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
+    axes.set_xticks(np.arange(blocks + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(places) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="lightgrey")
     axes.tick_params(which="minor", length=0)
@@ -118,7 +118,7 @@ def allocation(folder, path):
         over_time(axes, history, r)
         title += "\n(rows: block, share of decisions in which it was on)"
     else:
-        over_layers(axes, history[0], r)
+        over_blocks(axes, history[0], r)
     axes.set_title(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)

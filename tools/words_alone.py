@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from support import glue
+from support.errors import one_line
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -99,7 +100,7 @@ def main(argv=None):
         if task.num_labels != 2:
             raise ValueError(f"{args.task} does not have two classes")
     except (ValueError, OSError) as error:
-        print(f"tools.words_alone: {error}", file=sys.stderr)
+        print(f"tools.words_alone: {one_line(error, 600)}", file=sys.stderr)
         return 2
     predictions, penalty = classify(train, dev)
     metrics = glue.metrics(task, predictions, [label for _, label in dev])

@@ -22,6 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from support.errors import one_line
 from tools.bench import delta, language, large, relatives, score, training
 
 
@@ -113,7 +114,7 @@ def main(argv=None):
         print(f"tools.bench: {error}: pip install -r tests/peers/requirements.txt", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"tools.bench: {error}", file=sys.stderr)
+        print(f"tools.bench: {one_line(error, 600)}", file=sys.stderr)
         return 2
     print("\n".join([*lines, str(picture)]))
     return 0

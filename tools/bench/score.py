@@ -49,11 +49,11 @@ def share_in_a_run(argv):
     return done["score_seconds"] / done["seconds"], len(decisions)
 
 
-def reallocation(modules=300):
-    """A decision among many modules of two sizes, ranked and within a budget: {name: function}."""
+def reallocation():
+    """A decision among 300 modules of two sizes, ranked and within a budget: {name: function}."""
     rng = torch.Generator().manual_seed(0)
     places = ("q_proj", "v_proj", "fc1", "fc2", "residual_1", "shortcut_sa")
-    names = [f"layers.{i}.{place}" for i in range(modules // len(places)) for place in places]
+    names = [f"layers.{i}.{place}" for i in range(300 // len(places)) for place in places]
     scores = dict(zip(names, torch.rand(len(names), generator=rng).tolist(), strict=True))
     costs = {n: 8 * 1024 * (5 if "fc" in n else 2) for n in names}
     budget = sum(costs.values()) // 4
@@ -104,7 +104,6 @@ def decisions(argv):
     """
     run = train.set_up(flags.parse_flags(argv))
     args, found = run.args, []
-    args.score_batches = 2 * COUNTS[-1]
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size
     batches = [
         evaluation.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
@@ -124,8 +123,7 @@ def decisions(argv):
                 sets["others"] = chosen(batches[COUNTS[-1] :])
                 on = sets[COUNTS[-1]]
                 found.append({n: len(s & on) / len(on) for n, s in sets.items()})
-                for name, layer in lora.adapters(run.model).items():
-                    layer.enabled = name in on
+                lora.switch(run.model, on)
             train.train_step(run, group, args.lr)
             run.step += 1
     return found

@@ -89,6 +89,8 @@ def training(model, batches, losses=None):
 def minilm_batches(task, data_dir, tokenizer):
     """STEPS batches of the same training pairs: (grouped by length, at random)."""
     texts, _ = glue.load_task(task, data_dir)
+    if glue.TASKS[task].num_labels != 2:
+        raise ValueError(f"{task} has not two classes, as the head of both sides has here")
     examples, _ = glue.encode(texts[: BATCH * STEPS], tokenizer, 128)
     rng = seeds.generator(0, "bench")
     grouped = glue.grouped_by_length(examples, BATCH, rng)

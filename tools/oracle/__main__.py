@@ -7,12 +7,15 @@
 
 Exit codes of check: 0 all that is offered passes; 1 something fails; 2 bad input; 3 nothing that
 was asked for is offered. A page about it: docs/oracle.md.
+
+What this file does not do: know a function of the interface (ours.py), compare (check.py).
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from support.errors import one_line
 from tools.oracle import check, golden
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
@@ -44,7 +47,7 @@ def main(argv=None):
             return 0
         rows = check.check(args.folder, check.load_candidate(args.candidate), args.only)
     except (ValueError, OSError) as error:
-        print(f"oracle: {error}", file=sys.stderr)
+        print(f"oracle: {one_line(error, 600)}", file=sys.stderr)
         return 2
     print("\n".join(check.table(rows)))
     verdicts = {row.verdict for row in rows}

@@ -221,6 +221,8 @@ def attempt(call, *args, **kwargs):
     """What it returns, or the exception that it raises: somebody else's code may do anything."""
     try:
         return call(*args, **kwargs)
+    except SystemExit as error:
+        return RuntimeError(f"it ends the program: exit({error.code!r})")
     except Exception as error:
         return error
 
@@ -339,7 +341,7 @@ def load_candidate(path):
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody else's file does
+    except (Exception, SystemExit) as error:  # whatever somebody else's file does
         raise ValueError(f"the candidate {path} cannot be imported: {error!r}") from error
     finally:
         sys.path.pop(0)

@@ -11,6 +11,7 @@ What this file does not do: choose the cases (cases.py, cases_relatives.py), com
 """
 
 import copy
+import inspect
 import json
 import math
 from pathlib import Path
@@ -19,11 +20,37 @@ import safetensors.torch
 import torch
 
 from support import hf_folder
+from support.form import finite, misfit
 from tools.oracle import cases, cases_relatives, causes, ours
 
 CHOICES = ("keep_top", "within_budget", "adalora_keep")  # functions that return a set of names
-FIELDS = ("name", "function", "what", "dtypes", "tolerance", "arguments", "expected")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def name_of_a_dtype(value):
+    return value in tuple(DTYPES)
+
+
+def function_of_the_interface(value):
+    """The name of one: it has its answer in ours.py, and its mistakes in causes.py."""
+    found = [getattr(module, str(value), None) for module in (ours, causes)]
+    return all(map(inspect.isfunction, found))
+
+
+def anything(value):
+    return True
+
+
+FORM = {
+    "name": str,
+    "function": function_of_the_interface,
+    "what": str,
+    "reference": str,
+    "dtypes": [name_of_a_dtype],
+    "tolerance": {str: finite},
+    "arguments": {str: anything},
+    "expected": anything,
+}
 
 
 def flatten(value, key, tensors):
@@ -111,15 +138,21 @@ def read(folder, only=None):
     folder, cases, functions = Path(folder), [], {}
     for path in sorted(folder.glob("*.json")):
         content = hf_folder.read_json(path)
-        absent = [field for field in FIELDS if field not in content]
-        if absent or content["function"] not in vars(causes):
-            raise ValueError(f"{path} is not a case of the oracle")
+        wrong = misfit(content, FORM)
+        if wrong or set(content["dtypes"]) - set(content["tolerance"]):
+            why = wrong or "a dtype without a tolerance"
+            raise ValueError(f"{path} is not a case of the oracle: {why}")
         functions[content["function"]] = True
         if only not in (None, content["name"], content["function"]):
             continue
         stored = path.with_suffix(".safetensors")
         needs = '"tensor"' in path.read_text()
-        cases.append((content, hf_folder.read_file(stored) if needs else {}))
+        tensors = hf_folder.read_file(stored) if needs else {}
+        try:
+            restore([content["arguments"], content["expected"]], tensors)
+        except KeyError as error:
+            raise ValueError(f"{stored} lacks the tensor {error}") from error
+        cases.append((content, tensors))
     if not functions:
         raise FileNotFoundError(f"{folder} holds no cases: python -m tools.oracle export {folder}")
     if not cases:

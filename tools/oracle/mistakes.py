@@ -9,10 +9,7 @@ What this file does not do: know a function of the interface (causes.py and its 
 import functools
 import math
 
-
-def call(function, *args, **kwargs):
-    """functools.partial by a shorter name: the mistake is made only if somebody asks."""
-    return functools.partial(function, *args, **kwargs)
+call = functools.partial
 
 
 def scales(lora_alpha, r):

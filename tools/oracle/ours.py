@@ -239,7 +239,7 @@ def pair_of(layer):
 
 def run(model, batches, settings):
     """The loop of short_run and train: (losses, [set of names that are on, one a decision])."""
-    layers, s = lora.adapters(model), settings
+    s = settings
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, **s["adamw"])
     delta, losses, decisions = DeltaLoRA(model, s["delta_ratio"], s["delta_start"]), [], []
@@ -247,8 +247,7 @@ def run(model, batches, settings):
         if step % s["every"] == 0:
             found = proxies.PROXIES["grad_norm"](model, batches[: s["score_batches"]])
             chosen = allocate.keep_top(found, s["keep"])
-            for name, layer in layers.items():
-                layer.enabled = name in chosen
+            lora.switch(model, chosen)
             decisions.append(chosen)
         loss = model(**batch).loss
         loss.backward()

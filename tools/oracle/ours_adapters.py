@@ -346,15 +346,7 @@ def weight_change(method, given):
     Returns:
         the matrix; for tied, condlora, cora and reslora a list of them, in the order given.
     """
-    single = method in (
-        "dora",
-        "asymmetry",
-        "lora_xs",
-        "prolora",
-        "sbora_fa",
-        "sbora_fb",
-        "adalora",
-    )
+    single = method not in ("tied", "condlora", "cora", "reslora")
     layers = LAYERS[method](**given, **({"bias": None} if single else {}))
     if single:
         return layers.delta_w().detach()

@@ -24,6 +24,8 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     """
     folder, out = Path(folder), Path(out)
     writing.refuse_filled(out)
+    if data_dir and not task:
+        raise ValueError("--data-dir has no effect without --task: give both, or neither")
     head = reading.read_folder(folder)[2]  # what the config alone refuses needs no model
     if task and not head:
         raise ValueError(f"{folder} holds no head: there is nothing to evaluate on {task}")
