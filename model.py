@@ -253,14 +253,14 @@ class Block(nn.Module):
         )
 
     def forward(self, x, previous_ffn_input, key_mask, read=None, turned=None, cache=None):
-        """One layer. R: the residuals (identity); S: the cross-layer shortcuts (absent).
+        """One block. R: the residuals (identity); S: the cross-layer shortcuts (absent).
 
         Args:
             x: (b, t, d), the residual stream.
             previous_ffn_input: (b, t, d) from the block before, None in the first.
             key_mask: (b, 1, 1, t), 0 where a key may be attended to, else -inf; None = everywhere.
             read: (b,) positions whose output somebody reads; None = all. Only these are computed:
-                keys and values come from all t positions, the rest of the layer from one.
+                keys and values come from all t positions, the rest of the block from one.
             turned: rotation() of the t positions, None where a table has them.
             cache: k and v of the tokens before in this block, which these join; None at first.
                 Afterwards t is 1, and key_mask has a column for every token, old and new.

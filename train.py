@@ -177,9 +177,9 @@ def train_step(run, group, lr):
         examples = [run.train[i] for i in indices]
         # mean over the step = sum of batch means, each weighted by its share of what is counted
         weight = once * counted(examples) / total
-        part = run.model(**batch_of(run.model, examples)).loss * weight
-        part.backward()
-        loss += part.item()
+        share = run.model(**batch_of(run.model, examples)).loss * weight
+        share.backward()
+        loss += share.item()
     parameters = list(lora.training_now(run.model).values())
     asked = run.asked_to_stop or distributed.orphaned()
     loss, stop = distributed.sum_gradients(parameters, loss, float(asked))
@@ -190,11 +190,11 @@ def train_step(run, group, lr):
         torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     for settings in run.optimizer.param_groups:
         settings["lr"] = lr * settings.get("lr_ratio", 1)
-    for part in run.around:
-        part.before_step()
+    for rule in run.around:
+        rule.before_step()
     run.optimizer.step()
-    for part in reversed(run.around):
-        part.after_step()
+    for rule in reversed(run.around):
+        rule.after_step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 

@@ -8,8 +8,9 @@ Three kinds, three small interfaces. To add one is a file and its line in METHOD
     allocator  | a class with before_step() and after_step() around the optimizer's step, state()
                | and load() for the checkpoint, adapter (whose ranks it allocates), single_ranks
 
-An adapter has the arguments of LoRALayer and overrides what differs: forward, delta_w (what it adds
-to the weight), factors (the tensors that train), pair (what it exports as). Where modules share
+An adapter has the arguments of LoRALayer and overrides what differs: branch (the A and B of now) or
+forward, delta_w (what it adds to the weight), factors (the tensors that train), pair (what it
+exports as), from_zero (the factor that starts at zero, if that is not B). Where modules share
 something, its static method connect(layers, seed) is called once, before they are put in their
 places. Of a shared factor each of its modules has the parameter itself in factors(): it is stored,
 stepped and counted once. A branch that is no matrix on x says why in `unmergeable`, and one that

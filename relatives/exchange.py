@@ -3,7 +3,7 @@
     IS(k) = S(M) - S(M without k) + S(M with k alone),      S = -loss
 
     name    | symbol  | meaning
-    gates   | a = 0   | dict module -> the ranks that are off before the decision
+    closed  | a = 0   | dict module -> the ranks whose gates are closed before the decision
     whole   | -S(M)   | the loss with all ranks that are on
     without |         | the loss without rank k as well
     alone   |         | the loss with rank k alone
@@ -36,14 +36,14 @@ def importance(model, batches):
         dict (module, k) -> IS(k), the same on every process.
     """
     layers, batches, training = lora.adapters(model), list(batches), model.training
-    gates = {name: layer.ranks_off for name, layer in layers.items()}
-    ranks = [(n, k) for n, a in layers.items() for k in range(a.r) if k not in gates[n]]
+    closed = {name: layer.ranks_off for name, layer in layers.items()}
+    ranks = [(n, k) for n, a in layers.items() for k in range(a.r) if k not in closed[n]]
     model.eval()
     try:
         whole, found = mean_loss(model, batches), {}
         for name, k in ranks:
             layer = layers[name]
-            layer.ranks_off = [*gates[name], k]
+            layer.ranks_off = [*closed[name], k]
             without = mean_loss(model, batches)
             for other in layers.values():
                 other.ranks_off = list(range(other.r))
@@ -51,10 +51,10 @@ def importance(model, batches):
             alone = mean_loss(model, batches)
             # IS(k) = S(M) - S(M without k) + S(M with k alone),  S = -loss
             found[name, k] = -whole + without - alone
-            for n, off in gates.items():
+            for n, off in closed.items():
                 layers[n].ranks_off = off
     finally:
-        for n, off in gates.items():
+        for n, off in closed.items():
             layers[n].ranks_off = off
         model.train(training)
     return distributed.mean_scores(found)

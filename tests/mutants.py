@@ -192,8 +192,8 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ('lora.py', 'layer.enabled = name in on', 'layer.enabled = name not in on', "the chosen are switched off", f"{HETERO}::test_dynamic_run_decides_on_schedule_and_within_budget"),
     ("support/checkpoint.py", '        torch.set_rng_state(state["generators"][rank]["cpu"])\n', "", "resumption forgets the RNG", f"{TRAIN}::test_an_interrupted_run_ends_with_the_same_bits"),
     ('support/checkpoint.py', 'lora.switch(model, {name for name, on in state["on"].items() if on})', 'lora.switch(model, set(state["on"]))', "resumption switches everything on", f"{HETERO}::test_resuming_through_a_reallocation_gives_the_same_bits"),
-    ("train.py", "        part.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
-    ("train.py", "        part.backward()\n", "        part.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
+    ("train.py", "        rule.after_step()\n    run.opt", "        pass\n    run.opt", "weights never move", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
+    ("train.py", "        share.backward()\n", "        share.backward()\n        if run.delta:\n            run.delta.before_step(), run.delta.after_step()\n", "delta once per micro-batch", f"{DELTA}::test_once_per_optimizer_step_with_accumulation"),
     ('lora.py', 'if id(p) not in off}', '}', "what is off is exchanged too", f"{DISTRIBUTED}::test_two_processes_equal_one"),
     ("model.py", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, -1.0)", "padding is attended to a little", f"{MODEL}::test_logits_equal_the_dense_derivation"),
     # ------------------------------------------------------------------------- model folders, families
@@ -255,7 +255,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/rank_steps.py", "            if k not in layer.ranks_off\n", "", "ranks that are off are stepped", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("relatives/rank_steps.py", "            layer.lora_B[:, k] = column\n", "", "B does not get its step", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
     ("relatives/rank_steps.py", "            layer.lora_A.grad = layer.lora_B.grad = None\n", "            pass\n", "gradients of factors add up over steps", f"{RANKS}::test_steps_equal_adamw_by_hand_on_the_sliced_parameters"),
-    ("train.py", "for part in reversed(run.around):", "for part in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
+    ("train.py", "for rule in reversed(run.around):", "for rule in run.around:", "W moves before A and B have", f"{RANKS}::test_the_exports_compute_what_was_measured"),
     ("support/checkpoint.py", 'layer.ranks_off = state["ranks_off"][name]', "layer.ranks_off = []", "resumption switches every rank on", f"{RANKS}::test_resuming_gives_the_same_bits"),
     # ----------------------------------------------------------------------- tools: PEFT, the oracle
     ('tools/peft/writing.py', 'return Pair(self.lora_A, self.scaling * self.lora_B, 1.0, self.magnitude)', 'return Pair(self.lora_A, self.lora_B, 1.0, self.magnitude)', "the scale is lost in folding", f"{PEFT}::test_padding_keeps_the_product"),
