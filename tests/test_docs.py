@@ -626,7 +626,7 @@ def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
         assert text.format(mean, *seeds, *both) in page
     assert compare_report.report(lines)[-1] in page
     static, dynamic = (arms[f"GRAD-NORM {mode}"] for mode in ("static", "dynamic"))
-    assert "the same predictions" in page and len(static) >= 3
+    assert "the same predictions" in page and len(static) == 10
     assert all(static[s]["predictions"] == dynamic[s]["predictions"] for s in static)
     alone = np.mean([line["test"]["accuracy"] for line in arms["head alone"].values()])
     assert f"the head alone has {100 * alone:.1f} %" in page
