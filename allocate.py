@@ -170,7 +170,8 @@ def within_budget(scores, costs, budget, generator=None):
     generator = generator or torch.Generator().manual_seed(0)
     order = shuffled(scores, generator)
     useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
-    values = np.array([scores[name] for name in useful], dtype=np.float64)
+    # Scaled by a power of two: no digit changes, and no sum overflows.
+    values = np.ldexp([scores[n] for n in useful], -math.frexp(max(scores.values()))[1])
     weights = np.array([costs[name] for name in useful], dtype=np.int64)
     chosen = {useful[i] for i in knapsack(values, weights, budget)}
     # What the sums of the knapsack rounded away, 1 beside 1e30, is bought with what is left.
@@ -266,8 +267,7 @@ class Reallocator:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.history = []
         if mode not in ("static", "dynamic") or not 0 < every <= 1:
-            allowed = "static, dynamic; 0 < every <= 1"
-            raise ValueError(f"mode is {mode!r} and every {every}, allowed: {allowed}")
+            raise ValueError(f"mode is {mode!r}, every {every}: static, dynamic; 0 < every <= 1")
         if budget is None:
             keep_counts(costs, keep)
         else:
@@ -338,8 +338,6 @@ def grid(levels, costs, budget=None, spent=None):
     if budget is not None and spent == total:
         text = f"the budget allows everything: all {on} modules on, {total:,} parameters"
         return "\n".join([*lines, text])
-    against = (
-        f"budget {budget:,}, {budget - spent:,} left" if budget is not None else f"all {total:,}"
-    )
+    against = f"all {total:,}" if budget is None else f"budget {budget:,}, {budget - spent:,} left"
     lines.append(f"{on} of {len(levels)} modules on, {spent:,} parameters ({against})")
     return "\n".join(lines)

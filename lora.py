@@ -468,7 +468,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         for name, parameter in trainable(model).items():
             if "lora_" not in name:  # of the head
                 parameter.copy_(tensors[name])
-    switch(model, {name for name, described in about.items() if described["enabled"]})
+    switch(model, {n for n, layer in layers.items() if layer.r and about[n]["enabled"]})
     model.requires_grad_(False)
     return adapters(model)
 

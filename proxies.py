@@ -233,28 +233,35 @@ def absolute_copy(model):
     return model
 
 
+def weight_one(x):
+    """x / x, the denominator a constant to autograd: 1 with the flow of x; 0 where x is 0."""
+    constant = x.detach()
+    return x / constant.where(constant > 0, 1)
+
+
 def linear_attention(block, queries, x, key_mask, causal, turns, cache):
-    """Attention without softmax: V, weighed by S / S, S = q . k > 0, the denominator a constant.
+    """Attention without softmax: V, weighed by S / S with S = q . k (weight_one).
 
     On identical tokens softmax has a zero Jacobian, and q and k would score 0. Here the flow
     through q, and through k, is the whole flow through v. They are given x as a constant: what
-    flows to the blocks below does so through v alone, once.
+    flows to the blocks below does so through v alone, once. The one token is at position 0, where
+    nothing is turned.
     """
-    q, k, _ = block.heads(queries.detach(), x.detach(), turns)  # (1, h, 1, d_h), (1, g, 1, d_h)
-    q, k = (part / part.detach().amax() for part in (q, k))  # S / S is as before, S in range
-    v = block.split_heads(block.v_proj(x))  # (1, g, 1, d_h)
+    q = block.split_heads(block.q_proj(queries.detach()))  # (1, h, 1, d_h)
+    k = block.split_heads(block.k_proj(x.detach()))  # (1, g, 1, d_h)
+    v = block.split_heads(block.v_proj(x))
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    q, k = (part / part.detach().amax().clamp(min=1) for part in (q, k))  # S / S the same, S finite
     s = q @ k.transpose(-1, -2)  # (1, h, 1, 1)
-    h = (s / s.detach()) @ v  # (1, h, 1, d_h)
+    h = weight_one(s) @ v  # (1, h, 1, d_h)
     return block.out_proj(h.transpose(1, 2).flatten(2))  # (1, 1, d)
 
 
 def linear_feed_forward(block, x):
-    """The feed-forward without its activation, weighed by gate / gate as attention is by S / S."""
+    """The feed-forward without its activation; a gate weighs as S does, by gate / gate."""
     h = block.fc1(x)  # (1, 1, ffn_dim)
     if block.gate_proj is not None:
-        gate = block.gate_proj(x.detach())
-        h = gate / gate.detach() * h
+        h = weight_one(block.gate_proj(x.detach())) * h
     return block.fc2(h)  # (1, 1, d)
 
 
@@ -274,7 +281,7 @@ def synflow(model, batches):
     """
     model = absolute_copy(model).double()
     for block in model.layers:
-        block.attn_norm = block.ffn_norm = block.q_norm = block.k_norm = nn.Identity()
+        block.attn_norm = block.ffn_norm = nn.Identity()
         block.attention = types.MethodType(linear_attention, block)
         block.feed_forward = types.MethodType(linear_feed_forward, block)
     model.final_norm = nn.Identity()

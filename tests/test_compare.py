@@ -120,6 +120,11 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
     ):
         lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
     compare.check_lines(study, lines, tmp_path)
+    for told, says in ((False, True), (True, False), (None, False)):
+        changed = dataclasses.replace(study, verdicts=says)
+        more = [{**x, "verdicts": told} if told is not None else x for x in lines[-1:]]
+        with pytest.raises(ValueError, match=f"run with verdicts {told is not False}, the study"):
+            compare.check_lines(changed, more, tmp_path)
     for arm, data, what in (("c", other, "train"), ("a", bases[1], "base")):
         more = [*lines, {**line("final", arm, 1e-3, 3, 0.5), "data": data}]
         with pytest.raises(ValueError, match=rf"'{arm}' was run on another {what} in seed 3 than"):
@@ -169,6 +174,8 @@ def test_dev_stands_for_the_test_set_where_the_study_says_so(study, tmp_path):
         ("pairs = 2", 'pairs = "2"', "pairs is '2', expected count"),
         ("seeds = [1, 2]", 'seeds = "12"', "seeds is '12', expected list"),
         ("seeds = [1, 2]", "seeds = []", "final.seeds is empty"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "final.seeds has a number twice"),
+        ("lrs = [1e-3, 3e-3]", "lrs = [1e-3, 0.001]", "lrs of arm 'a' has a number twice"),
         ("[tune]", "[[tune]]", "is not a study: TypeError"),
         ('task = "mrpc"', 'task = "stsb"', "task is 'stsb', a study compares accuracy: .*mrpc"),
         ("[tune]", "[tune", "TOML"),
@@ -516,6 +523,18 @@ def test_a_rate_whose_loss_is_not_a_number_is_the_worst(study, tmp_path):
     for run, code in (final, 1), (tune, 2):
         with pytest.raises(RuntimeError, match=f"ended with exit code {code}: train.py: the loss"):
             compare.line_after(study, arm, run, folder, code)
+    for text, diverged in (
+        ("step 9: the grad_norm score of layers.0.q_proj is nan: look for a loss that", True),
+        ("step 9 has made a parameter that is not a number", True),
+        ("linalg.eigh: The algorithm failed to converge", True),
+        ("No space left on device", False),
+    ):
+        (tmp_path / "run.log").write_text(f"train.py: {text}\n")
+        if diverged:
+            assert text in compare.line_after(study, arm, tune, folder, 1)["stopped"]
+            continue
+        with pytest.raises(RuntimeError, match="ended with exit code 1"):
+            compare.line_after(study, arm, tune, folder, 1)
 
 
 # ------------------------------------------------------------------------------------------- split

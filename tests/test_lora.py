@@ -11,6 +11,7 @@ import dense
 import lora
 import tiny
 from relatives.single_ranks import keep_ranks
+from relatives.triplets import AdaLoRALayer
 from support import adapter_file, seeds
 
 
@@ -335,6 +336,21 @@ def test_equal_adapters_are_equal_files(tmp_path):
         assert json.loads(file.metadata()["adapters"])["shortcut_norm"] == "reuse"
     with pytest.raises(ValueError, match="trained with shortcut_norm 'reuse'"):
         lora.load_adapter(tiny.model("bert"), tmp_path)
+
+
+def test_a_module_that_lost_all_its_ranks_is_left_out_when_loaded(tmp_path):
+    """AdaLoRA's, whose E is 0: enabled as a switch has it, and of rank 0 in the file."""
+    m = tiny.model("bert")
+    lora.inject(m, ("q_proj",), r=2, lora_alpha=5, adapter=AdaLoRALayer)
+    tiny.randomise([p for n, p in lora.trainable(m).items() if "lora_" in n], 3)
+    first, *others = lora.adapters(m)
+    lora.adapters(m)[first].lora_E.data.zero_()
+    lora.save_adapter(m, tmp_path)
+    fresh, batch = tiny.model("bert"), tiny.batch(m.config)
+    loaded = lora.load_adapter(fresh, tmp_path)
+    assert list(loaded) == others and all(layer.enabled for layer in loaded.values())
+    expected, got = (x.eval()(**batch).logits for x in (m, fresh))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_adapter_files_that_do_not_fit_leave_the_model_as_it_was(tmp_path):

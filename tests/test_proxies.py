@@ -249,6 +249,35 @@ def test_synflow_is_twice_what_the_flow_loses_without_the_pair(family, monkeypat
         layer.lora_B.data = old
 
 
+@pytest.mark.parametrize("place", ["gate_proj", "q_proj", "k_proj"])
+def test_synflow_where_a_feature_or_a_head_is_zero(place):
+    """What weighs by 0 lets nothing through; the other paths are those of a net without it."""
+    m = tiny.adapted("llama", targets=("v_proj", "out_proj", "fc1", "fc2"))
+    with torch.no_grad():
+        getattr(m.layers[1], place).weight[:4] = 0  # of k the first of two heads
+    scores, onward = proxies.synflow(m, []), "fc2" if place == "gate_proj" else "out_proj"
+    heads = {"gate_proj": 4, "q_proj": 4, "k_proj": 12}[place]  # three heads of q on one of k
+    onward = getattr(m.layers[1], onward)
+    with torch.no_grad():
+        onward.base.weight[:, :heads] = 0  # the features of the next matrix that stay 0
+        onward.lora_A[:, :heads] = 0
+        getattr(m.layers[1], place).weight[:4] = 1
+    assert scores == pytest.approx(proxies.synflow(m, []), rel=1e-9)
+    assert all(0 < s < float("inf") for s in scores.values())
+
+
+def test_synflow_calls_every_layer_once(monkeypatch):
+    """A module that hands on what it was given (relatives/reslora.py) would hand it on twice."""
+    m, kept, calls = tiny.adapted("qwen3"), [], []
+    monkeypatch.setattr(proxies, "flow", lambda net, r: kept.append((net, r)))
+    proxies.synflow(m, [])
+    [(net, r)] = kept
+    for name, layer in lora.adapters(net).items():
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    r(net)
+    assert sorted(calls) == sorted(lora.adapters(m))
+
+
 def test_synflow_of_a_deep_net_stays_in_range():
     """q . k of two streams that are each 1e160 is not a number; their shares are."""
     m = tiny.adapted("llama", num_layers=2)

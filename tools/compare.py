@@ -27,6 +27,7 @@ What this file does not do: tables, intervals and pictures (compare_report.py).
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -50,6 +51,7 @@ from support.form import count, finite, misfit
 from tools import compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
+DIVERGED = ("the loss of step", " score of ", "a parameter that is not a number", "linalg.")
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 3)]  # half a decade apart
 
 
@@ -152,6 +154,8 @@ def check_study(study, path):
     for what, values in lists.items():
         if not values:
             raise ValueError(f"{path}: {what} is empty")
+        if what != "arms" and len(set(values)) < len(values):
+            raise ValueError(f"{path}: {what} has a number twice")
     names = [arm.name for arm in study.arms]
     for arm in study.arms:
         if names.count(arm.name) > 1:
@@ -179,19 +183,27 @@ def check_lines(study, lines, path):
         if line["phase"] == "labels" or line["arm"] not in arms:
             continue  # an arm that the study no longer has stays on record
         for what, found in line.get("data", {}).items():
-            # All arms have the same splits; a base is told with its names, which depend on the arm.
-            key = line["phase"], what, line["arm"] if what == "base" else ""
+            # All arms that read texts alike have the same splits; a base is told with its names.
+            key = line["phase"], what, line["arm"] if what == "base" else reading(line["flags"])
             if before.setdefault(key, found) != found:
                 raise ValueError(
                     f"{path}: arm {line['arm']!r} was run on another {what} in seed {line['seed']} "
                     "than the runs before: take its lines away, or bring the data back"
                 )
         for field, value in about(study, arms[line["arm"]], run_of(line)).items():
-            if line.get(field, value) != value:
+            told = line.get(field, True if field == "verdicts" else value)
+            if told != value:
                 raise ValueError(
-                    f"{path}: arm {line['arm']!r} was run with {field} {line[field]!r}, the study "
+                    f"{path}: arm {line['arm']!r} was run with {field} {told!r}, the study "
                     f"says {value!r}: give the arm another name, or take its lines away"
                 )
+
+
+def reading(flags):
+    """The flags by which texts become examples, as they stand last among an arm's flags."""
+    words = shlex.split(flags)
+    given = dict(itertools.pairwise(words))
+    return tuple(given.get(f"--{name}") for name in ("model", "max-length", "train-records"))
 
 
 def flags_of(study, arm):
@@ -271,14 +283,14 @@ def missing_runs(study, lines):
 # ----------------------------------------------------------------------------------------- one run
 
 
-def split_training_set(folder, target, pairs, seed):
-    """Rows of folder/train.tsv, shuffled: the first `pairs` to target/dev.tsv, else train.tsv."""
+def split_training_set(folder, target, pairs, seed, dev="dev.tsv"):
+    """Rows of folder/train.tsv, shuffled: the first `pairs` to target's dev, else train.tsv."""
     header, *rows = (folder / "train.tsv").read_bytes().rstrip(b"\r\n").split(b"\n")
     if not 0 < pairs < len(rows):
         raise ValueError(f"tune.pairs is {pairs}, {folder}/train.tsv has {len(rows)} rows")
     random.Random(seed).shuffle(rows)
     target.mkdir(parents=True, exist_ok=True)
-    for name, part in (("dev.tsv", rows[:pairs]), ("train.tsv", rows[pairs:])):
+    for name, part in ((dev, rows[:pairs]), ("train.tsv", rows[pairs:])):
         run_folder.write_atomic(target / name, b"\n".join([header, *part]) + b"\n")
 
 
@@ -316,7 +328,7 @@ def about(study, arm, run):
     }
     if run.phase == "tune":
         line |= {"tune_pairs": study.tune_pairs, "split_seed": study.split_seed}
-    return line if study.verdicts else {**line, "verdicts": False}
+    return {**line, "verdicts": study.verdicts}
 
 
 def line_of(study, arm, run, folder):
@@ -407,7 +419,8 @@ def run_study(study, results, work, data_dir, jobs):
         raise ValueError(f"a study needs a test set with labels: {note}")
     labels = "".join(str(label) for _, label in labels)
     with run_folder.locked_file(results):
-        split_training_set(source, work / "tune", study.tune_pairs, study.split_seed)
+        dev = glue.TASKS[study.task].dev
+        split_training_set(source, work / "tune", study.tune_pairs, study.split_seed, dev)
         folders = {"tune": (work / "tune").resolve(), "final": source.resolve()}
         make_missing(study, results, work, folders, labels, jobs)
 
@@ -470,7 +483,8 @@ def line_after(study, arm, run, folder, returncode):
     line = line_of(study, arm, run, folder) if returncode == 0 else None
     if line is None:
         wrong = [t for t in text if t.startswith("train.py: ")] or text[-1:] or ["no output"]
-        if returncode == 1 and run.phase == "tune" and "the loss of step" in wrong[0]:
+        diverged = any(words in wrong[0] for words in DIVERGED)
+        if returncode == 1 and run.phase == "tune" and diverged:
             return not_a_number(study, arm, run, wrong[0])
         raise RuntimeError(f"{folder.name} ended with exit code {returncode}: {wrong[0]}")
     return line

@@ -181,15 +181,11 @@ def interval(low, high):
     return f"{low:+.1f} … {high:+.1f}" if math.isfinite(low) else "–"
 
 
-def stored(found):
-    """Adapter parameters that an arm's runs {seed: line} keep: one number, or least … most.
-
-    A line of a run that did not count them has none: –.
-    """
-    counts = [line.get("stored") for line in found.values()]
-    if None in counts:
+def span(numbers):
+    """Of an arm's runs: one number, or least … most; – where a line of a run has none."""
+    if None in numbers:
         return "–"
-    return " … ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+    return " … ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
 
 
 def compared(arm, control, labels):
@@ -208,7 +204,7 @@ def compared(arm, control, labels):
 def reported(arms):
     """What the final runs are reported on: "test"; or "dev", where the two are the same set."""
     runs = [line for found in arms.values() for line in found.values()]
-    same = all(line["test"]["accuracy"] == line["dev"][-1]["accuracy"] for line in runs)
+    same = all(line["test"] == {k: line["dev"][-1].get(k) for k in line["test"]} for line in runs)
     return "dev" if same else "test"
 
 
@@ -229,9 +225,9 @@ def report(lines):
         for name, found in here.items():
             dev = spread([line["dev"][-1]["accuracy"] for line in found.values()])
             test = spread([line["test"]["accuracy"] for line in found.values()])
-            count, lr = first(found)["trainable"]["adapters"], first(found)["lr"]
-            kept = stored(found)
-            row = f"| {name} | {count:,} | {kept} | {lr:g} | {len(found)} | {dev} |"
+            count = span([line["trainable"]["adapters"] for line in found.values()])
+            kept, lr = span([line.get("stored") for line in found.values()]), first(found)["lr"]
+            row = f"| {name} | {count} | {kept} | {lr:g} | {len(found)} | {dev} |"
             result += [row + f" {test} |" * apart]
         rows, judged = [], first(first(here)).get("verdicts", True)
         for name, found in here.items():
@@ -284,7 +280,8 @@ def draw(lines, path):
         colour = f"C{spaces.index(first(arms[name])['space'])}"
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], "-", color="black")
-    labels = [f"{n}  ({first(arms[n])['trainable']['adapters']:,})" for n in names]
+    counts = [span([x["trainable"]["adapters"] for x in arms[n].values()]) for n in names]
+    labels = [f"{n}  ({count})" for n, count in zip(names, counts, strict=True)]
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", color="lightgrey")

@@ -108,7 +108,8 @@ def allocation(folder, path):
         history, budget = content["history"], content["budget"]
         limit = ", ".join(f"{k} {v}" for k, v in budget.items())
         title = f"{content['mode']} {content['proxy']}, {limit}"
-        rows = len(history[0]["on"])
+        rows, first = len(history[0]["on"]), history[0]["on"].values()
+        by_rank = any(isinstance(value, list) for value in first)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{source} is not a run's allocation.json: {error!r}") from error
     dynamic = len(history) > 1
@@ -116,7 +117,8 @@ def allocation(folder, path):
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     if dynamic:
         over_time(axes, history, r)
-        title += "\n(rows: block, share of decisions in which it was on)"
+        what = "its ranks, over the decisions," if by_rank else "decisions in which it"
+        title += f"\n(rows: block, share of {what} {'that were' if by_rank else 'was'} on)"
     else:
         over_blocks(axes, history[0], r)
     axes.set_title(title)
