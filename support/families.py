@@ -36,20 +36,28 @@ ACTIVATIONS = {  # their name -> ours
     "silu": "silu",
 }
 BYTE_LEVEL_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<|endoftext|>")
+WHOLE = {"partial_rotary_factor": 1}  # every pair of features is turned
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rope_fits(value, _):
+def rope_fits(value, fields):
     """Whether a rope_scaling is one that model.rotation implements: none, or LLaMA 3's, whole."""
     if value is None:
         return True
-    kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else None
-    if kind == "default":
-        return value.get("partial_rotary_factor", 1) == 1
-    numbers = [value.get(key) for key in ROPE_KEYS] if kind == "llama3" else [None]
+    if not isinstance(value, dict):
+        return False
+    kind = value.get("rope_type", value.get("type"))
+    if kind == "default" or (kind is None and value.keys() <= {"rope_theta", *WHOLE}):
+        return all(value.get(key, whole) == whole for key, whole in WHOLE.items())
+    numbers = rope_numbers(value, fields) if kind == "llama3" else [None]
     return (
         all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers) and numbers[1] < numbers[2]
     )
+
+
+def rope_numbers(scaling, fields):
+    """LLaMA 3's four, in the order of ROPE_KEYS; the last is the model's own where it is absent."""
+    return [{ROPE_KEYS[3]: fields["max_positions"], **scaling}.get(key) for key in ROPE_KEYS]
 
 
 KINDS = {  # kind -> (what a value must be, test of a value given the fields read before it)
@@ -252,7 +260,7 @@ OPT = Family(
     },
     prefix="model.",
     unprefixed=("score",),
-    ignored=r"lm_head\.weight|decoder\.version",
+    ignored=r"decoder\.version",
     stack="decoder.layers",
     layer={
         "q_proj": "self_attn.q_proj",
@@ -274,7 +282,7 @@ OPT = Family(
     },
     single="</s> $A",
     pair="</s> $A </s> $B",
-    specials=BYTE_LEVEL_SPECIALS,
+    specials=("<pad>", "</s>"),
     needed=("</s>",),
 )
 
@@ -316,7 +324,7 @@ GPT2 = Family(
     },
     prefix="transformer.",
     unprefixed=("score",),
-    ignored=r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias",
+    ignored=r"h\.\d+\.attn\.(masked_)?bias",
     stack="h",
     layer={
         "q_proj": "attn.c_attn",
@@ -346,17 +354,23 @@ GPT2 = Family(
 # ---------------------------------------------------------------------- llama and its relatives
 
 
-def rope_of(hf, name, default):
-    """A rope field where transformers 5 writes it, in the object rope_parameters."""
-    parameters = hf.get("rope_parameters")
-    return parameters.get(name, default) if isinstance(parameters, dict) else default
+def kv_heads(default):
+    """Of num_key_value_heads: the class's default where it is absent, one for each q where null."""
+    return lambda hf: hf.get("num_attention_heads") if "num_key_value_heads" in hf else default
+
+
+def with_rope(hf):
+    """hf with rope_theta where rope_scaling, or rope_parameters (transformers 5), has its own."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    return hf if theta is None else {**hf, "rope_theta": theta}
 
 
 def llama_shapes(fields):
     """LLaMA 3's scaling as the four numbers in the order of model.rotation."""
     scaling = fields["rope_scaling"] or {}
     scaled = scaling.get("rope_type", scaling.get("type")) == "llama3"
-    numbers = tuple(float(scaling[key]) for key in ROPE_KEYS) if scaled else None
+    numbers = tuple(map(float, rope_numbers(scaling, fields))) if scaled else None
     fields = {name: value for name, value in fields.items() if name != "sliding_window"}
     return fields | {"rope_scaling": numbers, "rope_theta": float(fields["rope_theta"])}
 
@@ -389,7 +403,7 @@ LLAMA = Family(
         "pad_token_id": Field("pad_token_id", "token id", first_eos),
         "layer_norm_eps": Field("rms_norm_eps", "epsilon", 1e-6),
         "activation": Field("hidden_act", "activation", "silu"),
-        "rope_theta": Field("rope_theta", "base", lambda hf: rope_of(hf, "rope_theta", 10000.0)),
+        "rope_theta": Field("rope_theta", "base", 10000.0),
         "rope_scaling": Field("rope_scaling", "rope scaling", lambda hf: hf.get("rope_parameters")),
         "tied": Field("tie_word_embeddings", "switch", False),
     },
@@ -432,7 +446,7 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     fields={
         **LLAMA.fields,
-        "num_kv_heads": Field("num_key_value_heads", "size", 8),
+        "num_kv_heads": Field("num_key_value_heads", "size", kv_heads(8)),
         "sliding_window": Field("sliding_window", "no window", 4096),
     },
 )
@@ -440,7 +454,7 @@ MISTRAL = dataclasses.replace(
 QWEN2 = dataclasses.replace(
     LLAMA,
     features={**LLAMA.features, "bias": "qkv"},
-    fields={**LLAMA.fields, "num_kv_heads": Field("num_key_value_heads", "size", 32)},
+    fields={**LLAMA.fields, "num_kv_heads": Field("num_key_value_heads", "size", kv_heads(32))},
 )
 
 QWEN3 = dataclasses.replace(
@@ -465,7 +479,7 @@ GEMMA = dataclasses.replace(
         "num_kv_heads": Field("num_key_value_heads", "size", 16),
         "head_dim": Field("head_dim", "size", 256),
         "activation": Field("hidden_act", "activation", "gelu_pytorch_tanh"),
-        "pad_token_id": Field("pad_token_id", "token id", 0),
+        "pad_token_id": Field("pad_token_id", "token id", lambda hf: 0),
         "tied": Field("tie_word_embeddings", "switch", True),
     },
     finish=gemma_shapes,
@@ -522,6 +536,9 @@ def config_fields(hf):
                 f"config.json: {theirs} = {shown(hf[theirs])} is not implemented for "
                 f"{name}, only {allowed[0]!r}: {meaning}"
             )
+    hf = with_rope(hf)
+    if family.features["causal"] and hf.get("pad_token_id") == -1:  # older files: there is none
+        hf = {**hf, "pad_token_id": None}
     fields = {}
     for ours, field in family.fields.items():
         fields[ours] = read_field(hf, field, fields)

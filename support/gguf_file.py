@@ -122,6 +122,7 @@ def about_tokenizer(metadata, config):
     texts, about = metadata["tokenizer.ggml.tokens"], {}
     for kind in ("bos", "eos"):
         number = config[f"{kind}_token_id"]
+        number = number[0] if isinstance(number, list) else number
         if number is None:
             continue
         if not 0 <= number < len(texts):
@@ -171,6 +172,10 @@ def config_of(metadata, tensors):
     config["tie_word_embeddings"] = "output.weight" not in tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    found = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(end for end in found if end is not None))
+    if len(ends) > 1:  # of a text, of a turn, of a message
+        config["eos_token_id"] = ends
     if ROPE_FREQS in tensors:
         config["rope_scaling"] = rope_scaling(tensors[ROPE_FREQS].double().numpy(), config)
     return config

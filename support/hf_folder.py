@@ -33,6 +33,7 @@ from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPEToken
 from support import large
 from support.errors import one_line, shown
 from support.families import FAMILIES
+from support.form import count, misfit
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -73,10 +74,12 @@ def read_config(folder):
 def read_chat_template(folder):
     """(Jinja template by which messages become a prompt, or None; tokenizer_config.json).
 
-    Of a list of templates, {"name", "template"} each, it is the one that is called "default".
+    Of a list of templates, {"name", "template"} each, it is the one that is called "default". What
+    tokenizer_config.json does not say of special tokens, special_tokens_map.json does.
     """
-    path = Path(folder) / "tokenizer_config.json"
-    options, alone = read_json(path) if path.is_file() else {}, Path(folder) / "chat_template.jinja"
+    files = [Path(folder) / f"{n}.json" for n in ("special_tokens_map", "tokenizer_config")]
+    found = [read_json(path) if path.is_file() else {} for path in files]
+    options, alone = found[0] | found[1], Path(folder) / "chat_template.jinja"
     template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -325,6 +328,8 @@ def plain(tensor):
 def load_tokenizer(folder, family, vocab_size):
     """The tokenizer of a model folder; texts and pairs come out as transformers' of the family.
 
+    Of LLaMA and its relatives they come out as tokenizer.json has it.
+
     Args:
         folder: path with tokenizer.json, or vocab.json + merges.txt, or vocab.txt.
         family: key of FAMILIES.
@@ -375,18 +380,37 @@ def read_tokenizer(folder, record):
     if record.pair is None:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, the one file that says it all")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return byte_level_bpe(folder, record.specials)
+        return with_added(byte_level_bpe(folder, record.specials), folder)
     if (folder / "vocab.txt").is_file():
-        return word_piece(folder, record.needed)
+        return with_added(word_piece(folder, record.needed), folder)
     raise FileNotFoundError(
         f"{folder} has no tokenizer: expected tokenizer.json, vocab.json + merges.txt, or vocab.txt"
     )
 
 
+def with_added(tokenizer, folder):
+    """The same, with the tokens of added_tokens.json, {token: id}, at their ids."""
+    path = folder / "added_tokens.json"
+    added = read_json(path) if path.is_file() else {}
+    new = added.keys() - tokenizer.get_vocab().keys()
+    wrong = misfit(added, {str: count}, "added_tokens.json")
+    if not wrong:
+        ordered = sorted(new, key=added.get)
+        tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ordered])
+        odd = [t for t, number in added.items() if tokenizer.token_to_id(t) != number]
+        wrong = f"added_tokens.json gives {shown(odd[0])} another id than the next" if odd else ""
+    if wrong:
+        raise ValueError(wrong)
+    return tokenizer
+
+
 def byte_level_bpe(folder, specials):
     """RoBERTa's, OPT's and GPT-2's: bytes as characters, then merges."""
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer = tokenizers.Tokenizer.from_str(ByteLevelBPETokenizer.from_file(*files).to_str())
+    path = folder / "tokenizer_config.json"
+    prefix = (read_json(path) if path.is_file() else {}).get("add_prefix_space", False)
+    built = ByteLevelBPETokenizer.from_file(*files, add_prefix_space=bool(prefix))
+    tokenizer = tokenizers.Tokenizer.from_str(built.to_str())
     known = tokenizer.get_vocab()
     tokenizer.add_special_tokens(  # <mask> takes the space before it
         [tokenizers.AddedToken(t, lstrip=t == "<mask>") for t in specials if t in known]
@@ -398,6 +422,9 @@ def word_piece(folder, needed):
     """BERT's: words, lower-cased unless tokenizer_config.json says no, then word pieces."""
     path = folder / "tokenizer_config.json"
     options = read_json(path) if path.is_file() else {}
+    words = options.get("word_tokenizer_type", "basic")
+    if words != "basic" or "Japanese" in str(options.get("tokenizer_class")):
+        raise ValueError(f"tokenizer_config.json cuts words by {shown(words)}, expected 'basic'")
     vocab = tokenizers.models.WordPiece.read_file(str(folder / "vocab.txt"))
     absent = [token for token in needed if token not in vocab]
     if absent:

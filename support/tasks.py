@@ -109,10 +109,28 @@ def encode(name, splits, tokenizer, config, folder, *, max_length, train_records
         )
     else:
         prompts = {}
+        refuse_other_order(TASKS[name].labels, hf_folder.read_config(folder))
         examples, more = glue.encode_splits(splits, tokenizer, max_length, config.max_positions)
     if running:
         examples = [first(e, *limit, notes) for e, limit in zip(examples, limits, strict=True)]
     return (*examples, prompts), notes + more
+
+
+def refuse_other_order(labels, hf):
+    """Raises ValueError where a model's config.json has a task's labels in another order.
+
+    A classifier that comes with the checkpoint would be right about other classes than are asked.
+
+    Args:
+        labels: tuple of the task's words for its classes. hf: dict, config.json.
+    """
+    named = hf.get("id2label")
+    found = [str(named[key]).lower() for key in sorted(named)] if isinstance(named, dict) else []
+    if sorted(found) == sorted(labels) and found != list(labels):
+        raise ValueError(
+            f"config.json's id2label has the labels as {', '.join(found)}, the task as "
+            f"{', '.join(labels)}: bring id2label and the rows of the classifier into that order"
+        )
 
 
 def source(name, data_dir, split):

@@ -12,6 +12,7 @@ import lora
 import proxies
 import tiny
 from model import Config, load_pretrained, rotate, rotation
+from support import prompts
 from test_gguf import write_tokenizer
 
 ALL = lora.SHORTCUTS["all"]
@@ -156,6 +157,22 @@ def test_config_fields_of_real_files():
         c = Config.from_hf({**newer, "rope_parameters": parameters})
         assert (c.rope_theta, c.rope_scaling) == (5e5, scaling)
     assert Config.from_hf(newer).rope_theta == 1e4
+    for rope, theta in (  # the object's own comes first, as transformers has it
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_scaling": {**LLAMA3_ROPE, "rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": {"rope_theta": 5e5}}, 5e5),
+        ({"rope_theta": 3e4, "rope_scaling": {}}, 3e4),
+    ):
+        assert Config.from_hf({**newer, **rope}).rope_theta == theta
+    short = {k: v for k, v in LLAMA3_ROPE.items() if not k.startswith("original")}
+    found = Config.from_hf({**newer, "max_position_embeddings": 4096, "rope_scaling": short})
+    assert found.rope_scaling == (32.0, 1.0, 4.0, 4096.0)
+    for family in ("mistral", "qwen2", "qwen3"):
+        nulls = {"model_type": family, "num_key_value_heads": None, "sliding_window": None}
+        assert Config.from_hf({**SMOLLM2, **nulls}).num_kv_heads == 9
+    assert Config.from_hf({**SMOLLM2, "pad_token_id": -1}).pad_token_id == 2
+    pads = Config.from_hf({**SMOLLM2, "model_type": "gemma", "pad_token_id": None})
+    assert pads.pad_token_id == 0
     c = Config.from_hf({**SMOLLM2, "model_type": "qwen2", "use_sliding_window": False})
     assert (c.bias, c.qk_norm) == ("qkv", False)
     c = Config.from_hf({**SMOLLM2, "model_type": "qwen3"})
@@ -295,6 +312,18 @@ def test_generation_config_names_the_ends(tmp_path):
     folder = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     assert load_pretrained(str(folder), head="lm")[0].config.eos_token_ids == (3, 5)
+
+
+def test_special_tokens_that_another_file_names(tmp_path):
+    """special_tokens_map.json says what tokenizer_config.json does not."""
+    folder = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
+    options = {"chat_template": "{{ bos_token }}?", "eos_token": "b"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    specials = {"bos_token": {"content": "a"}, "eos_token": "c"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials))
+    form, found = prompts.read_form(folder)
+    assert (found["bos_token"], found["eos_token"]) == ("a", "b")
+    assert prompts.render(form[0], "x", form[1]) == "a?"
 
 
 def test_only_tokenizer_json_is_read(tmp_path):

@@ -129,6 +129,14 @@ def test_a_file_gives_the_model_that_was_written(tmp_path, family):
         load_pretrained(str(path), head="lm")
 
 
+def test_a_turn_has_an_end_of_its_own(tmp_path):
+    """Gemma's <end_of_turn> is its eot; the end of a text stays the first."""
+    m = tiny.model("gemma", dtype=torch.float32, head="lm")
+    more = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 3}
+    loaded, _ = load_pretrained(str(write_gguf(tmp_path / "m.gguf", m, **more)), head="lm")
+    assert loaded.config.eos_token_ids == (3, 7)
+
+
 def test_codes_become_numbers(tmp_path):
     """Q4_1: 32 numbers share d and m; a number is d q + m with q from 0 to 15."""
     m = tiny.model("qwen2", dtype=torch.float32, head="lm", hidden_size=32, embed_dim=32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from model import Config, load_pretrained
-from support import download, families, hf_folder
+from support import download, families, hf_folder, tasks
 
 
 def forward(m):
@@ -343,6 +343,82 @@ def test_bytes_and_merges_part_by_part(texts):
     for text in texts:
         assert ours.encode(text).ids == [0, *parts.encode(text).ids, 2]
     assert ours.encode("th <mask>").ids == [0, vocab["th"], 4, 2]  # the space is part of <mask>
+
+
+def test_tokens_that_were_added_later(tmp_path):
+    """added_tokens.json beside vocab files: at their ids, never cut; an id out of turn is not."""
+    vocab = [*tiny.SPECIALS, *tiny.LETTERS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    n = len(vocab)
+    for added, message in (
+        ({"<user>": n + 1, "<sep>": n}, None),
+        ({"<sep>": n + 2}, "gives '<sep>' another id than the next"),
+        ({"<sep>": "x"}, "is 'x', expected count"),
+    ):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                hf_folder.load_tokenizer(tmp_path, "bert", 90)
+            continue
+        found = hf_folder.load_tokenizer(tmp_path, "bert", 90).encode("a<sep>b <user>").tokens
+        assert found == ["[CLS]", "a", "<sep>", "b", "<user>", "[SEP]"]
+
+
+def test_words_that_are_cut_otherwise_are_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*tiny.SPECIALS, *tiny.LETTERS]))
+    options = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match="cuts words by 'mecab', expected 'basic'"):
+        hf_folder.load_tokenizer(tmp_path, "bert", 90)
+
+
+def test_a_space_before_the_first_word(tmp_path):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate(["<s>", "</s>", *alphabet])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    found = hf_folder.load_tokenizer(tmp_path, "roberta", 300).encode("a").tokens
+    assert found == ["<s>", "Ġ", "a", "</s>"]
+
+
+def test_opt_has_two_special_tokens(tmp_path):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    found = hf_folder.load_tokenizer(tmp_path, "opt", 300).encode("<unk></s>").tokens
+    assert found == ["</s>", *"<unk>", "</s>"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_tied_head_that_differs_is_refused(family):
+    """GPT-2's and OPT's is the embedding: a file with another one is of another model."""
+    c = tiny.config(family, head="lm")
+    m = tiny.model(family, head="lm")
+    tensors = {hf_folder.hf_name(family, n): p for n, p in m.state_dict().items()}
+    if family == "gpt2":  # theirs are fused and transposed: enough to see what the head is told
+        tensors = {n: p for n, p in tensors.items() if n.startswith("w")}
+    embedding = m.word_embeddings.weight.detach()
+    for head, told in ((embedding.clone(), False), (embedding + 1, True)):
+        given = {**tensors, "lm_head.weight": head}
+        try:
+            hf_folder.convert(given, c, m.state_dict(), ())
+            said = ""
+        except ValueError as error:
+            said = str(error)
+        assert ("lm_head.weight differs from the embedding" in said) == told
+        assert "lm_head.weight is unexpected" not in said
+
+
+def test_labels_in_another_order_are_refused(tmp_path):
+    mnli = ("entailment", "neutral", "contradiction")
+    theirs = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
+    with pytest.raises(ValueError, match="labels as contradiction, neutral, entailment, the task"):
+        tasks.refuse_other_order(mnli, {"id2label": theirs})
+    for fine in ({}, {"id2label": None}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}):
+        tasks.refuse_other_order(mnli, fine)
+    tasks.refuse_other_order(mnli, {"id2label": dict(zip("012", mnli, strict=True))})
 
 
 def test_pairs_of_bert_have_types(tmp_path):

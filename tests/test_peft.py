@@ -317,6 +317,7 @@ def test_tensors_that_disagree_with_the_config(folder, model, change, message, c
         ({"rank_pattern": {}}, "rank 3 by the config, lora_A \\(1, 12\\)"),
         ({"target_modules": ["query"]}, "intermediate.dense has tensors and is not in target"),
         ({"exclude_modules": ["query"]}, "query has tensors and is in exclude_modules"),
+        ({"layers_to_transform": [1]}, "0.* has tensors and is not in layers_to_transform"),
         ({"target_modules": ["query", "intermediate.dense", "typo"]}, "'typo' has no tensors"),
     ],
 )

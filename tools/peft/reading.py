@@ -126,8 +126,10 @@ def read_folder(folder):
     for module, two in factors.items():
         if targets != "all-linear" and not names(targets, module):
             problems.append(f"{module} has tensors and is not in target_modules")
-        if names(config["exclude_modules"], module):
+        elif names(config["exclude_modules"], module):
             problems.append(f"{module} has tensors and is in exclude_modules")
+        elif not is_target(config, module):
+            problems.append(f"{module} has tensors and is not in layers_to_transform")
         pair, more = (adalora_pair if kind == "ADALORA" else pair_of)(config, module, two)
         problems += more
         if pair:
