@@ -312,6 +312,7 @@ def test_the_length_of_a_pair_is_128_where_nothing_is_said(tmp_path):
 
 def test_eval_records_are_of_dev_and_of_test(tmp_path):
     rows = [(("a", "b"), 0)] * 5
+    (tmp_path / "config.json").write_text("{}")
     found, _ = tasks.encode(
         "mrpc",
         (rows, rows, rows),
