@@ -632,6 +632,38 @@ def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
     assert f"the head alone has {100 * alone:.1f} %" in page
 
 
+def test_what_is_told_of_off_frozen_is_of_the_lines():
+    """Differences that no table has, the run that collapsed, what changes, and what is stored."""
+    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
+    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
+    arms = compare_report.finals(lines)
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    chance, slot = (arms[f"{name} dynamic, off = frozen"] for name in ("random", "grad_norm_slot"))
+    assert len(chance) == len(slot) == 10
+    _, mean, seeds, both = compare_report.compared(chance, arms["random dynamic"], labels)
+    told = (
+        "{:.1f} points better ({:+.1f} … {:+.1f}, {:+.1f} … {:+.1f}), and not below random static"
+    )
+    assert told.format(mean, *seeds, *both) in page
+    _, mean, *intervals = compare_report.compared(chance, arms["random static"], labels)
+    assert f"static ({mean:+.1f}, {compare_report.verdict(*intervals)})" in page
+    one_class = [seed for seed, line in slot.items() if len(set(line["predictions"])) == 1]
+    rest = {seed: line for seed, line in slot.items() if seed not in one_class}
+    mean = compare_report.compared(rest, arms["uniform r 2"], labels)[1]
+    (seed,) = one_class
+    assert (
+        f"(seed {seed}) gave every pair the same class; without it the mean is {mean:.1f}" in page
+    )
+    runs = [[set(on) for _, on in line["decisions"]] for line in slot.values()]
+    changed = np.mean([len(b - a) for run in runs for a, b in itertools.pairwise(run)])
+    assert f"It exchanges {changed:.1f} of its three modules at a decision" in page
+    shares = [np.mean([f"layers.{i}.v_proj" in on for run in runs for on in run]) for i in (1, 2)]
+    assert "are on at {:.0%} and {:.0%}".format(*shares).replace("%", " %") in page
+    stored = [[line["stored"] / 18432 for line in arm.values()] for arm in (slot, chance)]
+    told = "Both store more than uniform, {:.1f} to {:.1f} and {:.1f} to {:.1f} times as much"
+    assert told.format(*(f(x) for x in stored for f in (min, max))) in page
+
+
 def test_what_is_told_of_single_ranks_is_of_the_lines():
     """What changes at a decision, where the free ranks are, and what is stored."""
     arms = compare_report.finals(compare_report.read_results(ROOT / "results" / "mrpc.jsonl"))
