@@ -239,7 +239,8 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(command, tmp_path, monke
     assert content(path) == reference
     capsys.readouterr()
     assert ablation.main([*command, "--score-batches", "1"]) == 2
-    assert "another --out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "with score_batches 2, asked for is 1: give another --out" in error
     assert content(path) == reference
 
 

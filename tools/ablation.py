@@ -297,10 +297,12 @@ def measure_all(args):
     with run_folder.locked_file(args.out) as file:
         records = cut_torn_line(file, args.out)
         for record in records.values():
-            if record["settings"] != settings:
+            before = record["settings"]
+            name = next((n for n in before | settings if before.get(n) != settings.get(n)), None)
+            if name:
                 raise ValueError(
-                    f"{args.out} was measured with {record['settings']}, asked for is {settings}: "
-                    "give another --out"
+                    f"{args.out} was measured with {name} {before.get(name)!r}, asked for is "
+                    f"{settings.get(name)!r}: give another --out"
                 )
         plan = {}
         for seed in args.seeds:
