@@ -175,6 +175,7 @@ def test_of_what_fits_some_is_chosen_where_the_only_positive_score_is_too_large(
     chosen = {frozenset(allocate.within_budget(scores, costs, 15, rng(s))) for s in range(20)}
     assert chosen == {frozenset("b"), frozenset("c")}
     assert allocate.within_budget({"b": -1.0, "c": -5.0}, costs, 15) == {"b"}
+    assert allocate.within_budget({"b": 1.0, "c": 0.0}, costs, 20) == {"b"}  # room is no reason
 
 
 def test_a_score_that_a_sum_rounds_away_is_bought_where_it_fits():
