@@ -36,7 +36,7 @@ ACTIVATIONS = {  # their name -> ours
     "silu": "silu",
 }
 BYTE_LEVEL_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<|endoftext|>")
-WHOLE = {"partial_rotary_factor": 1}  # every pair of features is turned
+PARTIAL = "partial_rotary_factor"  # 1: every pair of features is turned
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -47,8 +47,8 @@ def rope_fits(value, fields):
     if not isinstance(value, dict):
         return False
     kind = value.get("rope_type", value.get("type"))
-    if kind == "default" or (kind is None and value.keys() <= {"rope_theta", *WHOLE}):
-        return all(value.get(key, whole) == whole for key, whole in WHOLE.items())
+    if kind == "default" or (kind is None and value.keys() <= {"rope_theta", PARTIAL}):
+        return value.get(PARTIAL, 1) == 1
     numbers = rope_numbers(value, fields) if kind == "llama3" else [None]
     return (
         all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers) and numbers[1] < numbers[2]
@@ -85,8 +85,8 @@ class Field:
     name: theirs.
     kind: a key of KINDS; any other value is refused.
     default: what holds where config.json lacks the field, as in transformers' configuration class;
-        a function of the whole config.json where it depends on other fields (then null is the same
-        as absent); None where there is no default, so that the field must be there.
+        a function of the whole config.json where it depends on other fields (it is asked where the
+        field is null, too); None where there is no default, so that the field must be there.
     """
 
     name: str
