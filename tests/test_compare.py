@@ -120,6 +120,14 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
     ):
         lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
     compare.check_lines(study, lines, tmp_path)
+    longer = [dataclasses.replace(arm, flags="--r 2 --max-length 9") for arm in study.arms[:1]]
+    other_texts = dataclasses.replace(study, arms=(*longer, *study.arms[1:]))
+    read_otherwise = {
+        **line("final", "a", 1e-3, 3, 0.5),
+        "flags": "--epochs 1 --r 2 --max-length 9",
+    }
+    of_b = {**line("final", "b", 1e-3, 3, 0.5), "data": same}
+    compare.check_lines(other_texts, [of_b, {**read_otherwise, "data": other}], tmp_path)
     for told, says in ((False, True), (True, False), (None, False)):
         changed = dataclasses.replace(study, verdicts=says)
         more = [{**x, "verdicts": told} if told is not None else x for x in lines[-1:]]
@@ -330,6 +338,9 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "| difference in dev accuracy, points |" in text and "test" not in text
     tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
     assert tables == [7] * 4 + [6] * 3
+    chance = {"dev": [{"accuracy": 0.75, "f1": 0.5}], "test": {"accuracy": 0.75, "f1": 0.6}}
+    arms = compare_report.finals([lines[1] | chance])
+    assert compare_report.reported(arms) == "test"  # as right on both, and not the same set
 
 
 def test_the_picture_has_a_dot_a_run_and_a_bar_at_the_mean(tmp_path, monkeypatch):
@@ -609,6 +620,19 @@ def test_rates_are_chosen_on_the_split_that_the_lines_state(begun, study, tmp_pa
     for name in ("dev.tsv", "train.tsv"):
         made = (tmp_path / "work" / "tune" / name).read_bytes()
         assert made == (again / name).read_bytes()
+
+
+def test_the_split_has_the_names_that_the_task_reads(tmp_path, study, monkeypatch):
+    """MNLI's development set is dev_matched.tsv."""
+    monkeypatch.setattr(compare, "make_missing", lambda *_: None)
+    lines = "sentence1\tsentence2\tgold_label\n" + "a\tb\tneutral\nc\td\tentailment\n" * 3
+    for name in ("train.tsv", "dev_matched.tsv", "test_matched.tsv"):
+        (tmp_path / name).write_text(lines)
+    mnli, work = dataclasses.replace(study, task="mnli"), tmp_path / "work"
+    work.mkdir()
+    compare.run_study(mnli, tmp_path / "r.jsonl", work, tmp_path, 1)
+    train, dev = glue.load_task("mnli", work / "tune")
+    assert (len(train), len(dev)) == (4, 2)
 
 
 def test_lines_are_checked_before_a_study_goes_on(begun, tmp_path):

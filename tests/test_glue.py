@@ -1,6 +1,7 @@
 """support/glue.py: file formats, batches, metrics; the promises about the embedded task."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -324,6 +325,15 @@ def test_eval_records_are_of_dev_and_of_test(tmp_path):
         eval_records=2,
     )
     assert [len(split) for split in found[:3]] == [3, 2, 2]
+
+
+def test_a_model_whose_labels_are_in_another_order_is_no_model_of_the_task(tmp_path):
+    labels = {"id2label": {"0": "NOT_ENTAILMENT", "1": "ENTAILMENT"}}
+    (tmp_path / "config.json").write_text(json.dumps(labels))
+    sizes = {"max_length": None, "train_records": None, "eval_records": None}
+    rows = [(("a", "b"), 0)]
+    with pytest.raises(ValueError, match="id2label has the labels as not_entailment, entailment"):
+        tasks.encode("rte", (rows,) * 3, None, tiny.config("bert"), tmp_path, **sizes)
 
 
 def test_mnli_is_measured_on_the_matched_part():

@@ -10,6 +10,7 @@ from torch import nn
 import dense
 import lora
 import tiny
+from relatives import METHODS
 from relatives.single_ranks import keep_ranks
 from relatives.triplets import AdaLoRALayer
 from support import adapter_file, seeds
@@ -336,6 +337,22 @@ def test_equal_adapters_are_equal_files(tmp_path):
         assert json.loads(file.metadata()["adapters"])["shortcut_norm"] == "reuse"
     with pytest.raises(ValueError, match="trained with shortcut_norm 'reuse'"):
         lora.load_adapter(tiny.model("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [AdaLoRALayer, METHODS["adapter"]["lora_xs"]])
+def test_what_a_relative_draws_does_not_depend_on_torchs_default_dtype(kind):
+    def drawn():
+        m = tiny.model("bert")
+        lora.inject(m, ("q_proj",), r=2, adapter=kind)
+        return {n: p for a in lora.adapters(m).values() for n, p in a.named_parameters()}
+
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_module_that_lost_all_its_ranks_is_left_out_when_loaded(tmp_path):

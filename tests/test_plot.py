@@ -9,6 +9,7 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import lora
 import tiny
@@ -101,6 +102,32 @@ def test_the_picture_of_a_delta_lora_run(tmp_path, capsys):
     assert picture.shape[1] > 1000 and picture.std() > 0.05
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "other.png")]) == 0
     assert (plt.imread(tmp_path / "other.png") == picture).all()
+
+
+@pytest.mark.parametrize(
+    ("on", "words", "share"),
+    [
+        ([{"a": True}, {"a": False}], "share of decisions in which it was on", "50%"),
+        ([{"a": [0, 1]}, {"a": [2]}], "share of its ranks, over the decisions, that were", "50%"),
+    ],
+)
+def test_what_the_picture_of_an_allocation_says_of_its_rows(
+    on, words, share, tmp_path, monkeypatch
+):
+    """Of single ranks the share is of ranks: half of them may be on at every decision."""
+    made_up_run(tmp_path)
+    titles, labels, r = [], [], run_folder.read_config(tmp_path)["r"]
+    assert r == 3
+    history = [{"step": i, "on": {"layers.0.q_proj": chosen["a"]}} for i, chosen in enumerate(on)]
+    content = {"mode": "dynamic", "proxy": "p", "budget": {"keep": 0.5}, "history": history}
+    run_folder.write_json(tmp_path / "allocation.json", content)
+    monkeypatch.setattr(Axes, "set_title", lambda self, text: titles.append(text))
+    original = Axes.set_yticks
+    monkeypatch.setattr(
+        Axes, "set_yticks", lambda *a, **k: labels.append(a[2]) or original(*a, **k)
+    )
+    plot.allocation(tmp_path, tmp_path / "x.png")
+    assert words in titles[0] and labels[0][0].endswith(share)
 
 
 def remove(name):

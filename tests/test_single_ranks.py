@@ -166,6 +166,19 @@ def test_ties_are_drawn():
     assert (times - 200).abs().max() < 45  # 6 of 12: sd 10
 
 
+@pytest.mark.parametrize("one_each", [False, True])
+def test_ties_do_not_depend_on_the_order_of_the_names(one_each):
+    names = [f"layers.{i}.q_proj" for i in range(3)]
+    for seed in range(20):
+        found = []
+        for order in (names, names[::-1]):
+            generator = torch.Generator().manual_seed(seed)
+            scores, costs = ({n: v for n in order} for v in ([0.0] * 4, 24))
+            kept = rank_budget.ranks_within_budget(scores, costs, 150, generator, one_each)
+            found.append(kept)
+        assert found[0] == found[1]
+
+
 def test_random_scores_are_of_single_parts():
     generator = torch.Generator().manual_seed(0)
     costs = {"layers.0.q_proj": 24, "layers.0.fc1": 32}
