@@ -193,8 +193,9 @@ class DeltaLoRA:
         Its scale is 1, and W is not needed.
 
         Returns:
-            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that is off
-            and has not moved its W. With single ranks R <= 3r, of a product of rank 2r at most.
+            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that is out
+            of the forward pass and has not moved its W. With single ranks R <= 3r, of a product of
+            rank 2r at most.
         """
         result = {}
         for name, layer in self.adapters.items():

@@ -434,7 +434,7 @@ def load_adapter(model, path, adapter=LoRALayer):
 
     Args:
         model: model.Transformer without adapters, as load_pretrained gives it, with as many labels
-            as the run had.
+            as the run had; and with the weights that it had, which is not checked here.
         path: what save_adapter wrote, or a run folder.
         adapter: the class of what the file holds under a kind of its own.
 

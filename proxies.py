@@ -2,9 +2,9 @@
 
 Each proxy is one function (model, batches) -> {name: score}; larger = keep. All modules, those on
 shortcuts among them, are scored alike and together, with all of them switched on. L is the mean
-loss over all scored examples, so a score does not depend on how they were cut into batches. Of
-several processes each takes its share of the batches; gradients and counts are summed
-(support/distributed.py).
+loss over all scored examples, so that no score but synflow_released's depends on how they were cut
+into batches. Of several processes each takes its share of the batches; gradients and counts are
+summed (support/distributed.py).
 
     proxy          | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
     constant       | 1                                                         | 1
@@ -86,7 +86,7 @@ def score(name, model, batches):
             )
     if not any(scores.values()):
         warnings.warn(
-            f"all {name} scores are zero: the choice is random; while lora_B is zero, "
+            f"all {name} scores are zero: the choice is random; while B A is zero, "
             "grad_norm, grasp and grad_norm_slot still tell modules apart",
             stacklevel=2,
         )
@@ -109,8 +109,8 @@ def refuse_unscorable(model, batches):
 def scoring(model):
     """All modules and ranks on, eval mode, a gradient for the factors alone; then all as before.
 
-    deviates: the released code scores in train mode. Its runs had no dropout either way, and a
-    score should not depend on a dropout mask.
+    deviates: the released code scores in train mode. A score should not depend on a
+    dropout mask.
     """
     layers = adapters(model)
     on = {name: (layer.enabled, layer.ranks_off) for name, layer in layers.items()}
@@ -188,9 +188,9 @@ def constant(model, batches):
 def grad_norm(model, batches):
     """GRAD-NORM, the proxy that HeteroLoRA settles on (arXiv 2406.14956; its released code).
 
-    The sum of the two norms, not the norm of both together, as released. At B = 0 the first is 0
-    and the second ||s G A^T||_F. It grows with s, so LoRA modules with alpha 16 are favoured
-    over shortcuts with alpha 4 by that factor.
+    As released, the sum of the two norms, not the norm of both together. At B = 0 the first is 0
+    and the second ||s G A^T||_F, which grows with s: with alpha 16 a LoRA module scores four
+    times what it would with a shortcut's alpha of 4.
     """
     scores = {}
     for name, found in factor_gradients(model, batches).items():

@@ -289,7 +289,7 @@ def dry_run(run):
 
 
 def main(argv=None):
-    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted and saved.
+    """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted, saved if it trained.
 
     Of several processes the first one has it, the others 0: torchrun would end the first, in the
     middle of its last words, where another one failed before it.
@@ -310,8 +310,6 @@ def main(argv=None):
         except KeyboardInterrupt:  # before there is anything to save
             return 0 if distributed.rank() else 130
         stack.enter_context(terminal.warnings_as_notes())
-        for note in run.notes:
-            print(note)
         begin = evaluate_only if args.eval_only else carry_out
         code = terminal.carry_through(run, lambda: begin(run))
         return 0 if distributed.rank() else code
@@ -341,8 +339,8 @@ def carry_out(run):
     if distributed.rank() == 0:
         spent = runs.counts(run.model)[0]
         control = run.plan and flags.equal_budget_control(args, spent, run.plan.costs)
-        beside = glue.baselines(args.task, args.data_dir) if not args.eval_records else {}
-        print(runs.finish(run, flags.describe(args), control, beside))
+        how = named(args, "task", "data_dir", "model", "train_records", "eval_records")
+        print(runs.finish(run, flags.describe(args), control, glue.baselines(**how)))
         print(measures.answered(run), end="")
 
 

@@ -40,8 +40,11 @@ class ALoRALayer(LoRALayer):
     def __init__(
         self, base, in_features, out_features, r=8, lora_alpha=16, lora_dropout=0.0, generator=None
     ):
-        places = min(2 * r, max(r, min(in_features, out_features)))
-        alpha = lora_alpha * places / r
+        largest = min(in_features, out_features)
+        places, alpha = r, lora_alpha
+        if isinstance(r, int) and 1 <= r <= largest:  # else LoRALayer says what is wrong
+            places = min(2 * r, largest)
+            alpha = lora_alpha * places / r
         super().__init__(base, in_features, out_features, places, alpha, lora_dropout, generator)
         self.ranks_off = list(range(r, places))
 

@@ -5,8 +5,8 @@
     lora_B | B      | (out, r)  starts at zero; trained
 
 The paper's reason: A picks features of the input, which a random A does nearly as well as a trained
-one, B makes the output of them. With A fixed the layer is linear in B, half the parameters train,
-and all that B can reach is the row space of A.
+one, B makes the output of them. With A fixed the layer is linear in B, of which r out parameters
+train, and all that B can reach is the row space of A.
 
 deviates: the released code takes the first r columns of V from the SVD of a uniform matrix as large
 as W. Here the rows come from a QR of LoRA's own draw, (r, in): no less random, without the large

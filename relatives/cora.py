@@ -4,7 +4,7 @@ Xiao et al.: CoRA, Optimizing Low-Rank Adaptation with Common Subspace of Large 
 (arXiv 2409.02119).
 
     name    | symbol | shape
-    common  | U_r    | (d, r)     the first r left singular vectors of [W_q, W_k, W_v], (d, 3 d)
+    common  | U_r    | (d, r)     the first r left singular vectors of [W_q, W_k, W_v], (d, 3 in)
     lora_A  | A      | (r, in)    zero at the start, since B is not
     lora_B  | B      | (out, r)   U_r, orthonormal columns
 

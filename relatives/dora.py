@@ -57,10 +57,10 @@ class DoRA(LoRALayer):
 
     def ratio(self, A, B):
         """m / ||V||, (out,); the norm is a constant to autograd."""
-        with torch.no_grad():
-            # ||V||, V = W + scaling * B A, row by row
+        with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+            # ||V||, V = W + scaling * B A, row by row; in float32 beside a W of 16 bits
             v = self.weight() + self.scaling * (B @ A)  # (out, in)
-            norm = v.norm(dim=1, dtype=self.lora_magnitude.dtype)  # (out,)
+            norm = v.norm(dim=1)  # (out,)
         m = self.lora_magnitude if self.enabled else self.lora_magnitude.detach()
         return m / norm
 

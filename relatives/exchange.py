@@ -63,6 +63,10 @@ def importance(model, batches):
 def exchange(scores, places, on):
     """The rule of one round.
 
+    Of ranks that are equally important the first one goes, and of modules the first by name gets.
+    deviates: a module that holds no rank counts 0, because the paper says nothing of it. As -loss
+    of one rank alone makes IS negative, it is the first to get one.
+
     Args:
         scores: dict (module, k) -> IS(k), of every rank that is on.
         places: dict module -> how many ranks it can hold. on: dict module -> how many it holds.

@@ -13,7 +13,7 @@ adds the next piece P_l to the product of the net:
     name    | symbol | shape
     weights | W_l    | L matrices (n, n), invertible
     target  | W'     | (n, n)
-    A, B    |        | (r_l, n), (n, r_l), at scale 1
+    A, B    |        | (r_l, n), (n, r_l), at scale 1; of more than n ranks the rest is not used
 
 What this file does not do: biases and activations (the paper's Sections 3.3 and 4), training.
 """

@@ -21,6 +21,7 @@ SHARED = {
     "--budget-params": "its modules share A and B: a single one has no price; use --keep",
     "--when-off frozen": "what is off would move: A and B, which it shares, train on in the others",
     "--proxy fisher": "A is shared, so that a channel has one score for all blocks",
+    "--proxy size": "its modules share A and B: a single one has no size",
 }
 IN_NEIGHBOURS = "what is off would move: the pairs of earlier blocks, which it adds, train on"
 PLAIN = "Delta-LoRA is made for a pair of which one module trains both factors"

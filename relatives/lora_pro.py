@@ -19,7 +19,9 @@ E does not change with (R A, B R^-1), and B = 0, where gA is 0, needs no branch:
 gB' = 1/s^2 gB (A A^T)^-1. Gram matrices are inverted in float64: squares halve the digits. Adam's
 moments are of gA' and gB', as small as LoRA's: the authors keep those of E itself, two dense
 (out, in) matrices a module, and project what Adam makes of them once more onto A and B, a step that
-is blind to the basis of the ranks to first order. Ours is another step, and sees it.
+is blind to the basis of the ranks to first order. Ours is another step, and sees it. It also holds
+A back: gA' is about 1/||B||, so from B = 0 it is largest in the first steps, which Adam's second
+moment remembers for a thousand more. Meanwhile A moves by about lr / sqrt(t), and mostly B trains.
 
 What this file does not do: the authors' step (whose released bias correction is one step ahead, so
 that its first update is 0.744 of the usual one).

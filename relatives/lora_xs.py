@@ -8,8 +8,9 @@
 W = U S V^T. With R = I and scaling 1 the branch is the best approximation of W of rank r
 (Eckart-Young). R does not start at zero: the gradient of R is there either way, as released.
 
-Three things differ from LoRA. The start is the base only up to 1e-5 * scaling * ||A||. What is
-off has an R that is not zero, so it counts as stored. And the parameters are r * r, whatever W is.
+Three things differ from LoRA. The start is the base up to a change of W whose norm is about
+1e-5 * scaling * sqrt(r) ||A||_F. What is off has an R that is not zero, so it counts as stored.
+And the parameters are r * r, whatever W is.
 
 deviates: released versions take a randomised SVD, or one in float32. Here it is exact, in float64,
 and each column of U_r has its largest entry positive, so that R means the same on another machine.

@@ -8,8 +8,8 @@
     shift         |        | max(1, floor((r - u) / x)): copy j is rotated by -j * shift
 
 Copies rotated along the rank axis pair each chunk of A with other rows of the chunk of B: block
-(i, j) of the change of W depends on (i * shift_B - j * shift_A) mod (r - u) alone. With x_A = x_B
-= 1, or u = r, it is LoRA, with the same start.
+(i, j) of what they change in W depends on (i * shift_B - j * shift_A) mod (r - u) alone. With
+x_A = x_B = 1, or u = r, it is LoRA, with the same start.
 
 "Rectified": the chunk of A is drawn within 1/sqrt(in) of zero, with the whole fan-in and not the
 chunk's. Scaling is lora_alpha / r.

@@ -47,7 +47,7 @@ class ResLoRABlock(LoRALayer):
             passed = []
             for n, layer in enumerate(chain):
                 layer.before = chain[max(0, n - layer.pre) : n][::-1]
-                layer.passed, layer.ends = passed, (n == 0, n == len(chain) - 1)
+                layer.passed, layer.n, layer.last = passed, n, n == len(chain) - 1
 
     def branch(self):
         # sum_k B_{n-k} A_{n-k} = [B_n, B_{n-1}, …] [A_n; A_{n-1}; …]
@@ -69,10 +69,15 @@ class ResLoRAInput(ResLoRABlock):
         return f"{self.kind} adds what earlier blocks received, and no matrix on x alone does that"
 
     def forward(self, x):
-        """(…, in) -> (…, out); to be called block by block, as a Transformer does."""
-        first, last = self.ends
-        if first:
+        """(…, in) -> (…, out); to be called block by block, once each, as a Transformer does.
+
+        Raises:
+            RuntimeError: out of turn, as by activation checkpointing, which calls a block again.
+        """
+        if self.n == 0:
             self.passed.clear()  # of a forward pass that did not come to its end
+        if len(self.passed) != self.n:
+            raise RuntimeError(f"{self.kind} is called block by block, once each, and not again")
         h, handed = self.base(x), self.hand_on(x)
         if self.in_forward:
             # input: x_n + x_{n-1};  middle: A_n x_n + sum_{k = 1 … pre} A_{n-k} x_{n-k}
@@ -81,7 +86,7 @@ class ResLoRAInput(ResLoRABlock):
             # h = W x_n + s B_n (A_n total);  middle: h = W x_n + s B_n total
             h = h + F.linear(self.thin(total), self.scaling * self.branch()[1])  # (b, t, out)
         self.passed.append(handed)
-        if last:
+        if self.last:
             self.passed.clear()  # the graph is not held longer than the pass
         return h
 
@@ -108,7 +113,8 @@ class ResLoRAMiddle(ResLoRAInput):
     def hand_on(self, x):
         if not self.in_forward:
             return None
-        return F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)  # (b, t, r)
+        x = F.dropout(x, self.lora_dropout, self.training)
+        return F.linear(x, self.branch()[0])  # (b, t, r)
 
     def thin(self, total):
         return total  # (b, t, r)

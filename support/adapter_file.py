@@ -63,7 +63,9 @@ def read(path, shortcut_norm):
     """
     path = adapter_path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path}: give a run folder or its .safetensors")
+        raise FileNotFoundError(
+            f"no adapter at {path}: give the folder of a finished run, or its .safetensors"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["adapters"])

@@ -53,14 +53,21 @@ def tensor(shape=None, dtype=None):
     return fits
 
 
+SETTINGS = ("params", "betas", "eps", "weight_decay", "lr_ratio")  # of a group, in every torch
+
+
 def groups_like(groups):
-    """A form: an optimizer's groups with these parameters and settings; lr is set at each step."""
+    """A form: an optimizer's groups with these parameters and settings; lr is set at each step.
+
+    A setting that this torch has beside SETTINGS, and the checkpoint's had not, is not compared.
+    """
 
     def groups_of_the_flags(value):
         return len(value) == len(groups) and all(
-            {k: found.get(k) for k in group if k != "lr"}
-            == {k: v for k, v in group.items() if k != "lr"}
+            found.get(key) == wanted
             for found, group in zip(value, groups, strict=True)
+            for key, wanted in group.items()
+            if key != "lr" and (key in found or key in SETTINGS)
         )
 
     return groups_of_the_flags

@@ -49,10 +49,14 @@ def start():
 
     Raises:
         ValueError: WORLD_SIZE is set, but not the rest of what torchrun sets.
+        ConnectionError: the processes do not find each other.
     """
     global _parent
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        try:
+            dist.init_process_group("gloo")
+        except RuntimeError as error:  # the port is in use, nobody answers
+            raise ConnectionError(f"the processes do not meet: {one_line(error)}") from error
         _parent = os.getppid()
 
 

@@ -19,7 +19,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import large, run_folder, tasks
+from support import download, large, run_folder, tasks
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -56,6 +56,13 @@ def number(kind, low, high=math.inf, open_high=False):
         return value
 
     return parse
+
+
+def path(text):
+    """An argparse type: a path; a ~ that the shell left is a home folder, as in --data-dir."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return str(download.expanded(text)) if text.startswith("~") else text
 
 
 def one_of(*allowed):
@@ -202,7 +209,7 @@ FLAGS = {  # name: (type, default, help)
     "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
     "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
-    "out": (str, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
+    "out": (path, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),
 }
 OF_TEXT = {  # defaults of a task that is written text: a causal model, a few dear steps
     "epochs": 1,
@@ -271,7 +278,7 @@ def parse_flags(argv, task_of=None):
         action="store_true",
         help="after the last epoch also evaluate on the task's test set, if it has labels",
     )
-    parser.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR")
+    parser.add_argument("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
     what = "evaluate and stop: with --resume that run; of a text task also --model as it is"
     parser.add_argument("--eval-only", action="store_true", help=what)
     parser.add_argument(
@@ -447,4 +454,5 @@ def equal_budget_control(args, spent, costs):
         f"--{k}{exactly(v)}" if isinstance(v, float) else f"--{k} {shlex.quote(str(v))}"
         for k, v in given.items()
     )
+    text += " --test" * args.test
     return f"python train.py {text}", r * one

@@ -97,8 +97,8 @@ def stream(
     Arguments and errors as in `generate`. Between two tokens the model is as the caller left it.
     """
     mask, eos = checked(model, input_ids, max_new_tokens, attention_mask, eos_token_ids)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, allowed: 0 (greedy) or more")
+    if temperature != 0 and not 1e-30 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}, allowed: 0 (greedy), or more than 1e-30")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, allowed: 0 < top_p <= 1")
     if temperature == 0 and (top_p < 1 or generator):

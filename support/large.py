@@ -56,7 +56,8 @@ def refuse_dtype(base_dtype):
 def cast_base(model, base_dtype):
     """Put the frozen weights into a dtype, in place, before or after lora.inject.
 
-    Back in "fp32" the weights are the rounded numbers, which float32 holds exactly.
+    Back in "fp32" the weights are the rounded numbers, which float32 holds exactly. A relative that
+    starts from W (DoRA's norms, LoRA-XS) has to be injected after: it keeps what it made of W.
 
     Args:
         model: model.Transformer in float32, or one that was cast before.

@@ -9,6 +9,7 @@ checkpoint.py, adapter_file.py).
 import contextlib
 import dataclasses
 import hashlib
+import json
 import time
 import types
 from pathlib import Path
@@ -150,16 +151,19 @@ def note_decision(run, r, seconds):
 
 
 def fingerprints(run, sharded):
-    """What a run goes on with only if it is the same: {"train", "dev", "base": number and SHA-256}.
+    """What a run goes on with only if it is the same: {what: its number of parts and SHA-256}.
 
-    Of the base it is the pretrained weights, without what is adapted; of a sharded one, of which a
-    process has a part, there is none. Of a run that only measures there is no train.
+    Of "train", "dev" and "test" it is the encoded examples, where they are read; of "config" what
+    model it is; of "base" the pretrained weights, without what is adapted, unless they are sharded.
 
     Args:
         run: as set up, before any step. sharded: bool, --shard yes.
     """
-    splits = {"train": run.train, "dev": run.dev}
+    splits = {"train": run.train, "dev": run.dev, "test": run.test}
     found = {name: glue.fingerprint(part) for name, part in splits.items() if part is not None}
+    about = dataclasses.asdict(run.model.config)
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    found["config"] = {"examples": len(about), "sha256": digest}
     if sharded and distributed.world() > 1:
         return found
     digest, numbers = hashlib.sha256(), 0

@@ -47,7 +47,7 @@ def write_atomic(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
@@ -157,21 +157,26 @@ def read_config(folder, key="flags"):
 
 
 def other_data(folder, data):
-    """In what a run's data differs from other data, in words; "" where it does not.
+    """In what a run's data and model differ from others, in words; "" where they do not.
 
     Args:
-        data: dict split -> fingerprint of encoded examples, "train" and "dev" or one of them; and
-            "base" -> that of the pretrained weights, where they are not sharded.
+        data: dict of what is compared -> its fingerprint, as run.fingerprints gives it. What the
+            run did not have is not compared.
     """
-    stored = read_config(folder, "data")
-    for split in data:
-        if stored.get(split, data[split]) != data[split] and split == "base":
-            return f"{folder} has another base: its pretrained weights were not these"
-        if stored.get(split, data[split]) != data[split]:
-            before, now = stored[split]["examples"], data[split]["examples"]
-            what = f"{before} examples, not these {now}" if before != now else "other examples"
-            return f"{folder} has other data: its {split} set had {what}"
-    return ""
+    stored, found = read_config(folder, "data"), []
+    for what, now in data.items():
+        before = stored.get(what, now)
+        if before == now:
+            continue
+        if what == "config":
+            found.append("another model: its config.json said something else")
+        elif what == "base":
+            found.append("another base: its pretrained weights were not these")
+        else:
+            counts = f"{before['examples']} examples, not these {now['examples']}"
+            had = counts if before["examples"] != now["examples"] else "other examples"
+            found.append(f"other data: its {what} set had {had}")
+    return f"{folder} has {', '.join(found)}" if found else ""
 
 
 # ------------------------------------------------------------------------------------------ metrics

@@ -106,6 +106,10 @@ def contradictions(a):
             f"--optimizer {a.optimizer} does not go with single ranks that go on and off: each has "
             "moments of its own, which AdamW alone keeps",
         ),
+        (
+            tasks.TASKS[a.task].head == "lm" and not modules and not a.eval_only,
+            "--targets none --shortcuts none: a language model has no head that would train",
+        ),
         (a.targets and a.lora_alpha == 0, f"--lora-alpha {no_branch}"),
         (a.shortcuts != "none" and a.shortcut_alpha == 0, f"--shortcut-alpha {no_branch}"),
         (
@@ -209,6 +213,8 @@ def effects(args, *, examples, parameters, plan=None):
     rows = about_training(args, examples, batches, parameters, steps)
     if plan:
         rows += about_allocation(args, examples, per_epoch, plan)
+    elif args.allocate != "none":
+        rows += about_allocator(args, examples, per_epoch)
     return [line for so, line in rows if so]
 
 
@@ -287,6 +293,24 @@ def about_allocation(a, examples, per_epoch, plan):
         (
             dynamic and a.every * per_epoch < 1,
             f"--every {a.every:g} is less than a step: a decision before each of {per_epoch} steps "
+            "an epoch",
+        ),
+    ]
+
+
+def about_allocator(a, examples, per_epoch):
+    """The same of a relative that allocates ranks by a rule of its own."""
+    asked = a.score_batches * a.batch_size
+    return [
+        (
+            a.allocate == "alora" and asked > examples,
+            f"--score-batches {a.score_batches}, {asked:,} examples: the training set has "
+            f"{examples}, importance is measured on all of them",
+        ),
+        (a.allocate == "adalora" and a.keep == 1, "--keep 1: adalora takes no triplet out"),
+        (
+            a.every * per_epoch < 1,
+            f"--every {a.every:g} is less than a step: a decision after each of {per_epoch} steps "
             "an epoch",
         ),
     ]

@@ -15,7 +15,7 @@ import warnings
 import torch
 from tqdm import tqdm
 
-from support import distributed
+from support import distributed, run_folder
 from support.errors import one_line
 from support.run import CannotGoOn
 
@@ -79,13 +79,33 @@ def silent():
         yield
 
 
+def go_on(run):
+    """--resume DIR, and what was given beside it this time, if it was; to paste."""
+    args, words = run.args, ["--resume", str(run.folder)]
+    if args.resume:
+        before = run_folder.read_config(run.folder)
+        for flag in ("data_dir", "device"):
+            if getattr(args, flag) != before[flag]:
+                words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+        words += ["--test"] if args.test and not before.get("test") else []
+    return shlex.join(words)
+
+
+def out_of_memory(error):
+    """Whether an error is that; PyTorch has a class for it on a GPU, and words on a CPU."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 def carry_through(run, begin):
-    """Call begin(), say how it ended, and return the exit code: 0, 1 or 130."""
-    folder = shlex.quote(str(run.folder))  # to paste
+    """Say the notes, call begin(), say how it ended; return the exit code: 0, 1 or 130."""
+    again = go_on(run) if run.folder else ""
     before = signal.getsignal(signal.SIGTERM)
     if distributed.world() == 1:  # of several, torchrun ends the others when one is gone
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # also outside the loop
     try:
+        for note in run.notes:
+            print(note)
         begin()
     except (CannotGoOn, torch.linalg.LinAlgError) as error:  # of a rule that inverts matrices
         print(
@@ -95,20 +115,28 @@ def carry_through(run, begin):
         if run.folder and (run.folder / "checkpoint.pt").exists():
             print(f"the last good checkpoint is kept in {run.folder}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"train.py: out of memory: {one_line(error)}; give a smaller --batch-size, with "
+            "--accumulate for as many examples a step, or a smaller --max-length",
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:
         what = error if isinstance(error, ConnectionError) else f"cannot write the run: {error}"
-        where = f"; go on from its last checkpoint with --resume {folder}"
+        where = f"; go on from its last checkpoint with {again}"
         said = f"{what}{where}" if run.folder else error  # or nothing was being written
         print(f"train.py: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        where = f"; go on from the last checkpoint: --resume {folder}" if run.folder else ""
+        where = f"; go on from the last checkpoint: {again}" if run.folder else ""
         print(f"stopped at once{where}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
     if run.stop:
-        command = f"{distributed.command()} train.py --resume {folder}"
-        print(f"stopped and saved; go on with: {command}")
+        print(f"stopped and saved; go on with: {distributed.command()} train.py {again}")
         return 130
     return 0

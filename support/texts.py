@@ -386,6 +386,8 @@ def encode(name, records, tokenizer, form, ends, max_length):
             cut += len(prompt) + len(answer) > max_length
         if TASKS[name].writes:
             asked.append(Prompt(text, prompt, targets, max(map(len, answers))))
+    if not examples and not TASKS[name].columns:
+        raise ValueError(f"a text of task {name} has less than two tokens: nothing to predict")
     if not examples:
         raise ValueError(f"no record of task {name} fits into {max_length} tokens: --max-length")
     return examples, asked, cut, left_out

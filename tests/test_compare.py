@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -200,10 +201,31 @@ def test_bad_studies_are_one_line(tmp_path, old, new, message):
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])
 def test_a_study_without_jobs_is_refused(jobs, capsys):
-    with pytest.raises(SystemExit) as error:
-        compare.main(["run", "studies/mrpc.toml", "--jobs", jobs])
-    assert error.value.code == 2
-    assert f"'{jobs}' is not an integer from 1 up" in capsys.readouterr().err
+    assert compare.main(["run", "studies/mrpc.toml", "--jobs", jobs]) == 2
+    error = capsys.readouterr().err
+    assert f"'{jobs}' is not an integer from 1 up" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr 0.5", "arm 'a' has --lr, which the study itself gives"),
+        ("--seed=9", "arm 'a' has --seed=9, which the study itself gives"),
+        ("--no-such-flag 3", "arm 'a': unrecognized arguments: --no-such-flag 3"),
+        ("--r 0", "arm 'a': argument --r: '0' is not an integer from 1 up"),
+    ],
+)
+def test_flags_that_no_arm_has_are_refused(tmp_path, flags, message):
+    """Before any run: train.py would take the study's rate and seed, and the line say the arm's."""
+    path = tmp_path / "mini.toml"
+    path.write_text(STUDY + ARM.format("a", 2, "").replace("--r 2", flags))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare.read_study(path)
+
+
+def test_a_flag_with_its_value_behind_a_sign_reads_alike():
+    both = "--epochs 1 --model=x --max-length=9", "--max-length 9 --epochs=1 --model x"
+    assert compare.reading(both[0]) == compare.reading(both[1]) == ("x", "9", None)
 
 
 def test_the_studies_that_are_shipped_can_be_read_and_their_flags_parse():
@@ -468,7 +490,8 @@ def test_a_study_makes_each_run_once_and_an_interrupted_one_goes_on(real, tmp_pa
     assert len(set(keys)) == len(keys) == 2 + 4
     for x in runs:
         assert len(x["dev"]) == 3 and set(x["trainable"]) == {"adapters", "head"}
-        assert set(x["data"]) == {"train", "dev", "base"} and x["decisions"] == []
+        kept = {"train", "dev", "config", "base"} | ({"test"} if x["phase"] == "final" else set())
+        assert set(x["data"]) == kept and x["decisions"] == []
         if x["phase"] == "final":
             right = sum(p == y for p, y in zip(x["predictions"], labels["labels"], strict=True))
             assert x["test"]["accuracy"] == pytest.approx(right / 10)

@@ -85,6 +85,7 @@ def in_processes(function, count, folder):
                 where |= {"RANK": rank, "WORLD_SIZE": count}
                 os.environ.update({k: str(v) for k, v in where.items()})
                 distributed.start()
+                dist.barrier()  # or one that exchanges nothing is gone before the other is there
                 torch.save(function(), folder / f"result.{rank}")
                 distributed.stop()
                 code = 0

@@ -407,6 +407,43 @@ def test_a_run_does_not_go_on_upon_another_base(copy, runs, tmp_path, capsys):
     assert error.count("\n") == 1
     assert train.main(["--eval-only", "--resume", str(folder)]) == 0
     assert "has another base" in capsys.readouterr().out
+    other = tiny.task_folder(tmp_path / "task", dev=6)
+    words = ["--eval-only", "--resume", str(folder), "--data-dir", str(other)]
+    assert train.main(words) == 0  # both are said
+    said = capsys.readouterr().out
+    assert "its dev set had 10 examples, not these 6" in said and "another base" in said
+    shutil.copy(runs / "model" / "model.safetensors", path)
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layer_norm_eps": 0.5}))
+    assert train.main(["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "has another model: its config.json said something else" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_keeps_its_test_set(tmp_path, runs, capsys):
+    data = shutil.copytree(runs / "task", tmp_path / "task")
+    shutil.copy(data / "dev.tsv", data / "test.tsv")
+    flags = ["--task", "mrpc", "--data-dir", str(data), "--model", str(runs / "model"), "--r", "2"]
+    flags += ["--preset", "lora", "--device", "cpu", "--epochs", "1", "--warmup", "0", "--test"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    text = (data / "test.tsv").read_text().splitlines(keepends=True)
+    (data / "test.tsv").write_text("".join(text[:4]))
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--test"]) == 2
+    assert "its test set had 10 examples, not these 3" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_torch_that_lacks_a_setting_is_one_of_this_run(runs):
+    """What every torch has is still asked for."""
+    found = checkpoint.read_last(runs / "lora")[0]["optimizer"]["param_groups"]
+    fits = checkpoint.groups_like(found)
+    assert fits(found) and "decoupled_weight_decay" in found[0]
+    without = [{k: v for k, v in group.items() if k != "decoupled_weight_decay"} for group in found]
+    assert fits(without) and not checkpoint.groups_like(without[:-1])(without)
+    for key in ("betas", "eps", "weight_decay", "params"):
+        assert not fits([{k: v for k, v in group.items() if k != key} for group in without])
+    assert not fits([{**group, "decoupled_weight_decay": False} for group in found])
 
 
 def test_ctrl_c_before_there_is_a_run_is_no_traceback(monkeypatch, capsys):
@@ -648,4 +685,5 @@ def test_json_of_this_file_is_whole(runs):
         "dev": 10,
     }
     frozen = safetensors.torch.load_file(runs / "model" / "model.safetensors").values()
-    assert data["base"]["examples"] == sum(p.numel() for p in frozen) and len(data) == 3
+    assert data["base"]["examples"] == sum(p.numel() for p in frozen)
+    assert set(data) == {"train", "dev", "config", "base"}

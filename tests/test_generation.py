@@ -209,6 +209,7 @@ def test_the_model_is_left_as_it_was():
         ({"max_new_tokens": 32}, "9 tokens of prompt and 32 new ones are more than the 40"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "pads on the right"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-46}, "temperature is 1e-46, allowed: 0 "),  # 0 in float32
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.5}, "do nothing at temperature 0"),
         ({"length_penalty": 2.0}, "length_penalty does nothing without beams"),
@@ -282,10 +283,12 @@ def test_pieces_of_text_join_to_the_whole():
             return bytes(ids).decode("utf-8", errors="replace")
 
     whole = "aéb€"
-    pieces = list(program.pieces(Tokenizer(), torch.tensor(list(whole.encode()))))
+    pieces = list(program.pieces(Tokenizer(), list(whole.encode()), ()))
     assert "".join(pieces) == whole and not any("�" in piece for piece in pieces)
-    cut = list(program.pieces(Tokenizer(), torch.tensor([97, 0xC3])))
+    cut = list(program.pieces(Tokenizer(), [97, 0xC3], ()))
     assert "".join(cut) == "a�"
+    ended = list(program.pieces(Tokenizer(), [97, 98, 99, 98], (99,)))
+    assert "".join(ended) == "ab"  # the end of the text is no text, nor what comes after it
 
 
 @pytest.mark.parametrize(

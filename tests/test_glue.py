@@ -70,6 +70,7 @@ HEADER = "sentence\tlabel\n"
         (HEADER + "a\t1\nb\tc\t1\n", r"train\.tsv:3: 3 columns, expected 2: is there a tab"),
         (HEADER + "a\t1\t\n", r"train\.tsv:2: 3 columns, expected 2"),
         ("sentence\tlabel\ra\t1\r", r"train\.tsv: its lines end in CR alone"),
+        ("label\tsentence\tlabel\n1\ta\t0\n", r"train\.tsv:1: the header has two columns 'label'"),
         (HEADER, "has no examples"),
         ("", r"no column 'sentence'"),
     ],
@@ -311,8 +312,35 @@ def test_the_length_of_a_pair_is_128_where_nothing_is_said(tmp_path):
     assert len(example["input_ids"]) == 128
 
 
+def test_train_records_of_one_label_alone_are_refused(tmp_path):
+    rows = [(("a", "b"), label) for label in (0, 0, 1)]
+    (tmp_path / "config.json").write_text("{}")
+    words = tokenizer(tmp_path), tiny.config("bert"), tmp_path
+    sizes = {"max_length": None, "eval_records": None}
+    with pytest.raises(ValueError, match="--train-records 2: all of them have one label; give mo"):
+        tasks.encode("mrpc", (rows, rows, None), *words, **sizes, train_records=2)
+    (found, *_), _ = tasks.encode("mrpc", (rows, rows, None), *words, **sizes, train_records=3)
+    assert len(found) == 3
+
+
+def test_qqp_with_many_short_rows_is_refused(tmp_path):
+    header, row = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", "0\t1\t2\tA\tB\t1\n"
+    some, many = "1\t2\n" * 10, "1\t2\n" * 11
+    assert len(glue.read_tsv(write(tmp_path, header + row + some), glue.TASKS["qqp"])) == 1
+    with pytest.raises(ValueError, match="11 rows do not have 6 columns, 1 do"):
+        glue.read_tsv(write(tmp_path, header + row + many), glue.TASKS["qqp"])
+
+
+def test_what_stands_beside_a_result_was_measured_alike():
+    whole = {"task": "paraphrase", "data_dir": None, "train_records": None, "eval_records": None}
+    assert set(glue.baselines(**whole, model="minilm")) == {"words alone", "the head alone"}
+    assert set(glue.baselines(**whole, model="other")) == {"words alone"}
+    for change in {"task": "mrpc"}, {"data_dir": "x"}, {"train_records": 6}, {"eval_records": 6}:
+        assert glue.baselines(**{**whole, **change}, model="minilm") == {}
+
+
 def test_eval_records_are_of_dev_and_of_test(tmp_path):
-    rows = [(("a", "b"), 0)] * 5
+    rows = [(("a", "b"), label) for label in (0, 1, 0, 1, 0)]
     (tmp_path / "config.json").write_text("{}")
     found, _ = tasks.encode(
         "mrpc",

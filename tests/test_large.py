@@ -143,6 +143,23 @@ def test_relatives_on_a_base_in_bf16(adapter, tmp_path):
     }
 
 
+def test_doras_norm_is_that_of_the_unrounded_weight():
+    """What B A adds counts in ||V||, also where a W in bfloat16 would not hold it."""
+    model = tiny.model("bert", dtype=torch.float32)
+    large.cast_base(model, "bf16")
+    lora.inject(model, ("q_proj",), r=3, lora_alpha=5, adapter=METHODS["adapter"]["dora"])
+    layer = model.layers[0].q_proj
+    tiny.randomise([layer.lora_A, layer.lora_B], std=1.0)
+    with torch.no_grad():
+        layer.lora_B.mul_(1e-3)
+        with torch.autocast("cpu", torch.bfloat16):
+            ratio = layer.ratio(layer.lora_A, layer.lora_B).double()
+        W, A, B = (p.double() for p in (layer.base.weight, layer.lora_A, layer.lora_B))
+        norm = (W + 5 / 3 * B @ A).norm(dim=1)
+        assert ((W.norm(dim=1) - norm) / norm).abs().max() > 1e-4
+        assert (ratio - layer.lora_magnitude.double() / norm).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("proxy", ["grad_norm", "snip", "fisher", "grad_norm_slot", "snip_slot"])
 def test_scores_on_a_base_in_bf16(proxy):
     """Sums of gradients in float32, and the model is left as it was."""

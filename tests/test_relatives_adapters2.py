@@ -250,6 +250,32 @@ def test_dropout_is_on_what_a_branch_takes(kind):
     close(second, layers[1].base(y) + S * inner[1] @ D.T, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["reslora_input", "reslora_middle"])
+def test_a_block_that_is_called_out_of_turn_is_refused(kind):
+    """As by activation checkpointing: without what came before, the branch would be LoRA's."""
+    m, layers = generic(kind)
+    x = torch.ones(1, 2, 12, dtype=torch.float64)
+    first, second = layers["layers.0.q_proj"], layers["layers.1.q_proj"]
+    for calls in (second,), (first, first, second, second):
+        with pytest.raises(RuntimeError, match="is called block by block, once each"):
+            for layer in calls:
+                layer(x)
+    assert m(**tiny.batch(m.config)).logits.isfinite().all()  # block 0 begins anew
+
+
+def test_what_is_off_and_frozen_hands_on_without_a_gradient():
+    m = tiny.model("bert")
+    kind = ADAPTERS["reslora_middle"]
+    lora.inject(m, QKV, r=3, lora_alpha=5, adapter=kind, when_off="frozen")
+    lora.mark_trainable(m)
+    layers = lora.adapters(m)
+    tiny.randomise([p for a in layers.values() for p in (a.lora_A, a.lora_B)], seed=8)
+    lora.switch(m, set(layers) - {"layers.0.q_proj"})
+    m(**tiny.batch(m.config)).loss.backward()
+    assert layers["layers.0.q_proj"].lora_A.grad is None
+    assert layers["layers.1.q_proj"].lora_A.grad.norm() > 0
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 
@@ -618,9 +644,9 @@ REFUSED = {  # what is in the table of incompatible.py, written a second time: m
     "sbora_fa": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
     "sbora_fb": "delta-ratio per-rank riemannian lora_pro lora_rite loraplus",
     "prolora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite",
-    "tied": "delta-ratio per-rank fisher riemannian lora_pro lora_rite budget-params when-off",
-    "condlora": "delta-ratio per-rank fisher riemannian lora_pro lora_rite loraplus budget-params "
-    "when-off shard",
+    "tied": "delta-ratio per-rank fisher size riemannian lora_pro lora_rite budget-params when-off",
+    "condlora": "delta-ratio per-rank fisher size riemannian lora_pro lora_rite loraplus "
+    "budget-params when-off shard",
     "cora": "delta-ratio per-rank riemannian lora_pro lora_rite loraplus",
     "reslora_input": "delta-ratio",
     "reslora_block": "delta-ratio when-off",

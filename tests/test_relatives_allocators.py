@@ -397,6 +397,19 @@ def test_one_each_in_the_order_of_mean_importance():
     assert pruned == [("a", 0), ("a", 1), ("a", 2)] and grown == {"c": 2, "b": 1}
 
 
+def test_a_module_that_holds_no_rank_is_the_first_to_get_one():
+    """Importance is mostly negative, and that of nothing is 0."""
+    scores = {("a", 0): -0.9, ("a", 1): -0.8, ("a", 2): -0.7, ("b", 0): -0.5}
+    pruned, grown = exchange(scores, dict.fromkeys("abe", 4), {"a": 3, "b": 1, "e": 0})
+    assert pruned == [("a", 0), ("a", 1), ("a", 2)] and grown == {"e": 2, "b": 1}
+
+
+@pytest.mark.parametrize("r", [0, 2.5, "3", 13])
+def test_a_rank_that_alora_cannot_have_is_refused(r):
+    with pytest.raises(ValueError, match=f"r is {r!r}, allowed: an integer from 1 to 12"):
+        alora.ALoRALayer(torch.nn.Linear(12, 20), 12, 20, r)
+
+
 def test_among_equals_the_order_is_that_of_the_names():
     """Of a set it is another one in each process, which would then grow other ranks."""
     empty = [f"layers.{i}.{p}" for i in range(9) for p in ("q_proj", "v_proj")]

@@ -174,7 +174,7 @@ def notes(text, examples=30, parameters=1000):
     """What is said of a run of 30 examples: 6 batches of 5 an epoch, 2 epochs, 12 steps."""
     args = parse_flags(f"--epochs 2 --batch-size 5 --log-every 1 --warmup 0 {text}".split())
     plan = None
-    if args.allocate != "none":
+    if args.allocate in ("static", "dynamic"):
         model = tiny.model("bert", dtype=torch.float32)
         lora.inject(model, args.targets, args.r, shortcuts=lora.SHORTCUTS[args.shortcuts])
         lora.mark_trainable(model)
@@ -186,6 +186,7 @@ def notes(text, examples=30, parameters=1000):
 
 
 LORA = "--preset lora"
+ALORA, ADALORA = (f"--r 2 --shortcuts none --allocate {name}" for name in ("alora", "adalora"))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,9 @@ LORA = "--preset lora"
             "one decision, dynamic is static here",
         ),
         ("--r 2 --every 0.1", "--r 2 --every 0.2", "before each of 6 steps an epoch"),
+        (f"{ALORA} --score-batches 7", f"{ALORA} --score-batches 6", "has 30, importance is"),
+        (f"{ALORA} --every 0.1", f"{ALORA} --every 0.2", "after each of 6 steps an epoch"),
+        (f"{ADALORA} --keep 1", f"{ADALORA} --keep 0.9", "adalora takes no triplet out"),
         (
             f"{LORA} --delta-ratio 101 --delta-start 1",
             f"{LORA} --delta-ratio 100 --delta-start 1",

@@ -164,7 +164,7 @@ def test_every_step_is_in_train_mode_and_the_result_stands_beside_the_baselines(
         modes.append(run.model.training)
         return step(run, group, lr)
 
-    def made_up(*names):
+    def made_up(**names):
         asked.append(names)
         return {"by lot": 0.5}
 
@@ -173,7 +173,8 @@ def test_every_step_is_in_train_mode_and_the_result_stands_beside_the_baselines(
     monkeypatch.setattr(train.glue, "baselines", made_up)
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     assert modes == [True] * 10
-    assert asked == [("mrpc", flags[flags.index("--data-dir") + 1])]
+    about = {k: flags[flags.index(f"--{k.replace('_', '-')}") + 1] for k in ("data_dir", "model")}
+    assert asked == [{"task": "mrpc", "train_records": None, "eval_records": None, **about}]
     assert "by lot 0.500" in capsys.readouterr().out
 
 
@@ -286,10 +287,74 @@ def test_what_is_said_of_a_stop_where_nothing_is_written(error, capsys):
     def stopped():
         raise error
 
-    run = types.SimpleNamespace(folder=None, stop=False)
+    run = types.SimpleNamespace(folder=None, stop=False, notes=[])
     assert train.terminal.carry_through(run, stopped) in (1, 130)
     said = "".join(capsys.readouterr())
     assert said.count("\n") == 1 and "--resume" not in said and "None" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_to_do(error, capsys):
+    def full():
+        raise error
+
+    run = types.SimpleNamespace(folder=None, stop=False, notes=[])
+    assert train.terminal.carry_through(run, full) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory" in said and "smaller --batch-size" in said
+    with pytest.raises(RuntimeError, match="another"):  # what is no lack of memory has a traceback
+        train.terminal.carry_through(run, lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_a_reader_that_is_gone_before_the_first_note_is_one_line(monkeypatch, capsys):
+    def closed(*words, **how):
+        if how.get("file") is None:
+            raise BrokenPipeError("Broken pipe")
+        sys.stderr.write(" ".join(map(str, words)) + "\n")
+
+    monkeypatch.setattr("builtins.print", closed)
+    run = types.SimpleNamespace(folder=None, stop=False, notes=["a note"])
+    assert train.terminal.carry_through(run, pytest.fail) == 1
+    assert capsys.readouterr().err == "train.py: Broken pipe\n"
+
+
+def test_the_command_that_goes_on_has_what_was_given_beside_resume(tmp_path):
+    """Not what the run keeps by itself."""
+    kept = {"data_dir": "there", "device": "cpu", "test": False}
+    run_folder.write_json(tmp_path / "config.json", {"flags": kept})
+
+    def said(**given):
+        args = types.SimpleNamespace(**{**kept, "resume": str(tmp_path), **given})
+        return train.terminal.go_on(types.SimpleNamespace(args=args, folder=tmp_path))
+
+    assert said() == said(resume=None) == f"--resume {tmp_path}"
+    assert said(test=True) == f"--resume {tmp_path} --test"
+    assert said(data_dir="a b", device="cuda") == (
+        f"--resume {tmp_path} --data-dir 'a b' --device cuda"
+    )
+
+
+def test_a_home_folder_that_the_shell_left_alone_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert flags_of(["--out=~/run"]).out == str(tmp_path / "run")
+    assert flags_of(["--out", "a/"]).out == "a/"
+    for words, said in (
+        (["--resume", "~/run"], f"{tmp_path}/run is no run folder"),
+        (
+            ["--out", ""],
+            "argument --out: expected a path",
+        ),
+    ):
+        assert train.main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_dry_run_writes_nothing(flags, tmp_path, monkeypatch, capsys):

@@ -24,7 +24,6 @@ an interrupted study are a balanced study already. What was interrupted is resum
 What this file does not do: tables, intervals and pictures (compare_report.py).
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from support import glue, run_folder
 from support.errors import one_line
-from support.flags import number
+from support.flags import Parser, number, parse_flags
 from support.form import count, finite, misfit
 from tools import compare_report
 
@@ -97,6 +96,10 @@ class Run:
 # ---------------------------------------------------------------------------------------- the study
 
 
+OF_THE_STUDY = (  # flags of train.py that no arm has
+    *("--task", "--data-dir", "--lr", "--seed", "--out"),
+    *("--test", "--resume", "--eval-only", "--dry-run"),
+)
 ARM = {"name": str, "space": str, "flags": str, "lrs": [finite], "order": count, "controls": [str]}
 FORM = {
     "task": str,
@@ -168,8 +171,21 @@ def check_study(study, path):
         for control in arm.controls:
             if control not in names:
                 raise ValueError(f"{path}: arm {arm.name!r} has an unknown control {control!r}")
+        check_flags(study, arm, path)
     if set(study.tune_seeds) & set(study.final_seeds):
         raise ValueError(f"{path}: a seed is in tune and in final: tuned on what is reported")
+
+
+def check_flags(study, arm, path):
+    """Raises ValueError where train.py would not take an arm's flags, or the study gives one."""
+    words = shlex.split(flags_of(study, arm))
+    both = [word for word in words if parts_of(word)[0] in OF_THE_STUDY]
+    if both:
+        raise ValueError(f"{path}: arm {arm.name!r} has {both[0]}, which the study itself gives")
+    try:
+        parse_flags([*words, "--task", study.task])
+    except ValueError as error:
+        raise ValueError(f"{path}: arm {arm.name!r}: {error}") from error
 
 
 def run_of(line):
@@ -184,7 +200,8 @@ def check_lines(study, lines, path):
             continue  # an arm that the study no longer has stays on record
         for what, found in line.get("data", {}).items():
             # All arms that read texts alike have the same splits; a base is told with its names.
-            key = line["phase"], what, line["arm"] if what == "base" else reading(line["flags"])
+            alike = line["arm"] if what in ("base", "config") else reading(line["flags"])
+            key = line["phase"], what, alike
             if before.setdefault(key, found) != found:
                 raise ValueError(
                     f"{path}: arm {line['arm']!r} was run on another {what} in seed {line['seed']} "
@@ -201,9 +218,14 @@ def check_lines(study, lines, path):
 
 def reading(flags):
     """The flags by which texts become examples, as they stand last among an arm's flags."""
-    words = shlex.split(flags)
+    words = [part for word in shlex.split(flags) for part in parts_of(word)]
     given = dict(itertools.pairwise(words))
     return tuple(given.get(f"--{name}") for name in ("model", "max-length", "train-records"))
+
+
+def parts_of(word):
+    """A word of a command line; --flag=value as the two that it stands for."""
+    return word.split("=", 1) if word.startswith("--") else [word]
 
 
 def flags_of(study, arm):
@@ -495,7 +517,7 @@ def line_after(study, arm, run, folder, returncode):
 
 def main(argv=None):
     """Exit code: 0 done; 2 bad input, or a run that failed; 130 interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the runs that are missing")
     run.add_argument("study", type=Path, help="studies/NAME.toml")
@@ -506,9 +528,9 @@ def main(argv=None):
     report = commands.add_parser("report", help="table, verdicts and a picture, from the lines")
     report.add_argument("results", type=Path, help="results/NAME.jsonl")
     report.add_argument("--picture", type=Path, help="default: results/NAME.png")
-    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        args = parser.parse_args(argv)
         if args.command == "report":
             lines = compare_report.read_results(args.results)
             print("\n".join(compare_report.report(lines)))

@@ -13,7 +13,6 @@ What this file does not do: power loss (files are flushed before they are rename
 tested here).
 """
 
-import argparse
 import json
 import os
 import random
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from support import checkpoint, glue, run_folder
 from support.errors import one_line
+from support.flags import Parser
 
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
@@ -323,16 +323,20 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["--worker"]:
         return worker(*words[1:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per method (default: 20)")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--model", default="minilm", help="as of train.py (default: minilm)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    args = parser.parse_args(argv)
-    names = args.methods.split(",")
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        parser.error(f"--methods {', '.join(unknown)}: allowed: {', '.join(METHODS)}")
+    try:
+        args = parser.parse_args(argv)
+        names = args.methods.split(",")
+        unknown = [name for name in names if name not in METHODS]
+        if unknown:
+            raise ValueError(f"--methods {', '.join(unknown)}: allowed: {', '.join(METHODS)}")
+    except ValueError as error:
+        print(f"faults.py: {one_line(error, 600)}", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,8 @@
                       text task: a meaning representation, an instruction), or in the model's chat
                       template, where it has one
 
-What this file does not do: choose tokens (support/generation.py), keep a conversation.
+What this file does not do: choose tokens (support/generation.py), keep a conversation, notice that
+the folder of the run's model holds other weights now (train.py --resume does).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from model import load_pretrained  # noqa: E402
 from relatives import METHODS  # noqa: E402
 from support import download, generation, prompts, run_folder, seeds, texts  # noqa: E402
 from support.errors import one_line  # noqa: E402
+from support.flags import Parser  # noqa: E402
 
 
 def load(args):
@@ -57,14 +59,16 @@ def ids_of(args, tokenizer, form, ends, task):
     return ids
 
 
-def pieces(tokenizer, tokens):
-    """Yields the text of new tokens, piece by piece; joined they are the text of all of them.
+def pieces(tokenizer, tokens, eos_token_ids):
+    """Yields the text of new tokens up to the end, piece by piece; joined they are all of it.
 
     A character that is cut between two tokens waits for the second.
     """
     ids, said = [], ""
     for token in tokens:
-        ids.append(token.item())
+        if token in eos_token_ids:
+            break
+        ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("�"):
             yield text[len(said) :]
@@ -81,22 +85,22 @@ def write(args):
     if limit < 1 <= args.max_new_tokens:
         most = model.config.max_positions - 1
         raise ValueError(f"the prompt has {len(ids)} tokens, allowed: {most} at most")
+    ends_at = model.config.eos_token_ids
     if args.num_beams > 1:
         how = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-        print(tokenizer.decode(model.generate(prompt, limit, **how)[0].tolist()))
+        best = model.generate(prompt, limit, **how)[0].tolist()
+        print("".join(pieces(tokenizer, best, ends_at)))
         return
     rng = seeds.generator(args.seed or 0, "generation") if args.temperature else None
     new = generation.stream(model, prompt, limit, None, args.temperature, args.top_p, generator=rng)
-    for piece in pieces(tokenizer, new):
+    for piece in pieces(tokenizer, (token.item() for token in new), ends_at):
         print(piece, end="", flush=True)
     print()
 
 
 def main(argv=None):
     """Exit code: 0 done, 2 bad input, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
@@ -109,8 +113,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, help="of what is sampled, default 0")
     parser.add_argument("--num-beams", type=int, default=1, help="more than 1: beam search")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams, default 1")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.no_adapter and not args.run:
             raise ValueError("--no-adapter needs --run DIR: --model has no adapter")
         if texts.has_half_a_character(args.prompt):

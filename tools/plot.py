@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import checkpoint, run_folder
 from support.errors import one_line
+from support.flags import Parser
 from tools import plot_block
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,10 +238,10 @@ def draw(folder, out=None):
         raise ValueError(f"{folder} has two pictures, {' and '.join(kinds)}: leave out --out")
     paths = {kind: out or folder / f"{kind}.png" for kind in kinds}
     try:
+        if "delta" in paths:  # first: it needs a finished run
+            delta(folder, flags, paths["delta"])
         if "allocation" in paths:
             allocation(folder, paths["allocation"])
-        if "delta" in paths:
-            delta(folder, flags, paths["delta"])
     except (*DAMAGED, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged, a file of it does not fit: {error!r}") from error
     return list(paths.values())
@@ -248,13 +249,11 @@ def draw(folder, out=None):
 
 def main(argv=None):
     """Exit code: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="a run folder, or the word block")
     parser.add_argument("--out", type=Path, help="path of the PNG")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.what == "block":
             paths = [plot_block.picture(args.out or ROOT / "docs" / "block.png")]
         else:

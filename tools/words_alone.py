@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from support import glue
 from support.errors import one_line
+from support.flags import Parser
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -86,15 +87,15 @@ def classify(train, dev):
 
 def main(argv=None):
     """Exit code: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.words_alone",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", default="paraphrase", help="a task with two classes")
     parser.add_argument("--data-dir", help="as of train.py")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         train, dev = glue.load_task(args.task, args.data_dir)
         task = glue.TASKS[args.task]
         if task.num_labels != 2:

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from support.errors import one_line
+from support.flags import Parser
 from tools.bench import delta, language, large, relatives, score, training
 
 
@@ -71,7 +72,7 @@ OF_LANGUAGE = {"train": language.train, "memory": language.memory}  # with --mod
 
 def parse(argv):
     """The command line; each benchmark has the options that it takes, and no others."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,9 +105,9 @@ def chosen(args):
 
 def main(argv=None):
     """Exit code: 0 done, 2 bad input."""
-    args = parse(argv)
-    picture = args.out / f"bench-{args.what}.png"
     try:
+        args = parse(argv)
+        picture = args.out / f"bench-{args.what}.png"
         function, given = chosen(args)
         args.out.mkdir(parents=True, exist_ok=True)
         lines = function(picture=picture, **given)

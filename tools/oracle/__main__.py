@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from support.errors import one_line
+from support.flags import Parser
 from tools.oracle import check, golden
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
@@ -23,7 +24,7 @@ GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 
 def main(argv=None):
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.oracle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,11 +38,11 @@ def main(argv=None):
     commands.add_parser("interface", help="print what a candidate may define")
     out = commands.add_parser("export", help="write all cases")
     out.add_argument("folder", type=Path)
-    args = parser.parse_args(argv)
-    if args.command == "interface":
-        print(check.interface())
-        return 0
     try:
+        args = parser.parse_args(argv)
+        if args.command == "interface":
+            print(check.interface())
+            return 0
         if args.command == "export":
             print(f"{golden.export(args.folder)} cases in {args.folder}")
             return 0

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from support import glue
 from support.errors import one_line
+from support.flags import Parser
 from tools.peft import commands, writing
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.peft",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,8 +47,8 @@ def parse(argv):
 
 def main(argv=None):
     """Exit code: 0 done; 1 inspect found a disagreement; 2 bad input."""
-    args = parse(argv)
     try:
+        args = parse(argv)
         if args.command == "export":
             shortcuts = (args.drop_shortcuts, args.keep_shortcuts)
             writing.export(args.run, args.folder, args.pad, *shortcuts)
