@@ -447,6 +447,17 @@ def test_the_backend_follows_the_device(gpus, monkeypatch, tmp_path):
     ]
 
 
+def test_processes_that_do_not_meet_are_one_line(monkeypatch, capsys):
+    def in_use(_backend):
+        raise RuntimeError("EADDRINUSE: address already in use\nException raised from …")
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(dist, "init_process_group", in_use)
+    assert train.main(["--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "the processes do not meet: EADDRINUSE" in error and error.count("\n") == 1
+
+
 def test_one_process_exchanges_nothing():
     assert distributed.world() == 1 and distributed.rank() == 0
     assert distributed.share([1, 2, 3]) == [1, 2, 3]
