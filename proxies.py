@@ -109,8 +109,7 @@ def refuse_unscorable(model, batches):
 def scoring(model):
     """All modules and ranks on, eval mode, a gradient for the factors alone; then all as before.
 
-    deviates: the released code scores in train mode. A score should not depend on a
-    dropout mask.
+    deviates: the released code scores in train mode, where a score depends on a dropout mask.
     """
     layers = adapters(model)
     on = {name: (layer.enabled, layer.ranks_off) for name, layer in layers.items()}
