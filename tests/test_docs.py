@@ -664,6 +664,48 @@ def test_what_is_told_of_off_frozen_is_of_the_lines():
     assert told.format(*(f(x) for x in stored for f in (min, max))) in page
 
 
+def test_what_is_told_of_the_later_arms_is_of_the_lines():
+    """What changes at a decision, and the differences that no table has or that prose repeats."""
+    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
+    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
+    arms = compare_report.finals(lines)
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+    def changed(arm):
+        histories = [[set(on) for _, on in line["decisions"]] for line in arms[arm].values()]
+        return np.mean([len(b - a) for h in histories for a, b in itertools.pairwise(h)])
+
+    def compared(arm, other):
+        assert len(arms[arm]) == len(arms[other]) == 10
+        _, mean, seeds, both = compare_report.compared(arms[arm], arms[other], labels)
+        return mean, seeds, both, compare_report.verdict(seeds, both)
+
+    slot, combined = "grad_norm_slot dynamic", "random dynamic combined"
+    by_hand = arms["v_proj alone, r 4"]
+    rest = {seed: line for seed, line in by_hand.items() if seed != 9}
+    kept = compared(f"{slot}, off = frozen", slot)
+    for text in (
+        f"it exchanges {changed(slot):.1f} of its three modules at a decision. It is "
+        f"{-compared(slot, 'uniform r 2')[0]:.1f} points below uniform",
+        "({0:+.1f} beside it, {3})".format(*compared(slot, "random dynamic")),
+        "stands at {0:+.1f} beside uniform ({3})".format(
+            *compared("v_proj alone, r 4", "uniform r 2")
+        ),
+        f"(seed 9, {100 * by_hand[9]['test']['accuracy']:.1f} %) hardly learned; without it the "
+        f"mean is {compare_report.compared(rest, arms['uniform r 2'], labels)[1]:.1f}",
+        "stand at {0:+.1f} beside uniform ({3})".format(
+            *compared("GRAD-NORM on single ranks", "uniform r 2")
+        ),
+        "is {:.1f} points lower ({:+.1f} … {:+.1f}, {:+.1f} … {:+.1f})".format(
+            kept[0], *kept[1], *kept[2]
+        ),
+        "it is {0:+.1f} ({3}), which".format(*compared("GRAD-NORM dynamic combined", combined)),
+        f"random exchanges {changed(combined):.1f} of its nine modules each time",
+        "stands at {0:+.1f} beside r 2 ({3})".format(*compared("uniform r 8", "uniform r 2")),
+    ):
+        assert text in page
+
+
 def test_what_is_told_of_single_ranks_is_of_the_lines():
     """What changes at a decision, where the free ranks are, and what is stored."""
     arms = compare_report.finals(compare_report.read_results(ROOT / "results" / "mrpc.jsonl"))
