@@ -113,11 +113,15 @@ def test_a_frozen_learning_rate_and_changed_flags_are_noticed(study, tmp_path):
         with pytest.raises(ValueError, match=rf"was run with {field} .*, the study says"):
             compare.check_lines(study, other, tmp_path)
     same, other = ({"train": {"examples": 9, "sha256": digest}} for digest in ("0a", "0b"))
-    bases = [{"base": split["train"]} for split in (same, other)]
+    bases = [{"base": split["train"], "config": split["train"]} for split in (same, other)]
     for phase, arm, data in (
         ("final", "a", same | bases[0]),
         ("tune", "a", other),  # of the tuning split
-        ("final", "b", same | bases[1]),  # a base is hashed with its names, the arm's own
+        (
+            "final",
+            "b",
+            same | bases[1],
+        ),  # what model it is, and a base with its names, is the arm's own
     ):
         lines.append({**line(phase, arm, 1e-3, 2, 0.5), "data": data})
     compare.check_lines(study, lines, tmp_path)

@@ -63,6 +63,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(finished, capsys, w
     assert error.count("is damaged") == 2 and error.count("\n") == 1
 
 
+def test_ctrl_c_while_a_file_is_written_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").write_bytes(b"before")
+    monkeypatch.setattr(run_folder.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.write_atomic(tmp_path / "a", b"after")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"before")]
+
+
 def test_killed_between_the_two_renames(finished):
     """checkpoint.pt is away already and its successor not yet there."""
     folder, _ = finished

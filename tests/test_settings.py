@@ -235,6 +235,20 @@ def test_what_the_sizes_cut_short_is_said(cut, whole, message):
     assert notes(whole) == []
 
 
+def test_a_language_model_without_a_module_has_nothing_to_train():
+    nothing = ["--targets", "none", "--shortcuts", "none", "--allocate", "none"]
+    with pytest.raises(ValueError, match="a language model has no head that would train"):
+        parse_flags([*nothing, "--task", "e2e", "--model", "smollm2-q4"])
+    assert parse_flags([*nothing, "--task", "mrpc"]).targets == []  # the head alone
+
+
+def test_the_suggested_control_is_tested_as_well():
+    args, costs = ["--r", "4", "--keep", "0.5"], {"a": 40, "b": 40}
+    for more in [], ["--test"]:
+        command, _ = flags.equal_budget_control(parse_flags([*args, *more]), 40, costs)
+        assert command.endswith(" --test") == bool(more)
+
+
 def test_delta_lora_that_never_moves_a_weight_is_refused(folders, tmp_path, capsys):
     """After the last step that moves one, K + 2, there is none: 12 steps, K = 10 moves W once."""
     assert notes(f"{LORA} --delta-ratio 1 --delta-start 10") == []

@@ -211,6 +211,8 @@ def test_what_is_too_long_is_cut_or_left_out(tokenizer):
     assert (cut, left_out) == (1, 2) and [p.text for p in asked] == ["ab"]
     with pytest.raises(ValueError, match="no record of task e2e fits into 8 tokens"):
         texts.encode("e2e", records[1:], tokenizer, None, [END], 8)
+    with pytest.raises(ValueError, match="a text of task wikitext has less than two tokens"):
+        texts.encode("wikitext", [("", ["a"])], tokenizer, None, [END], 8)
 
 
 def test_instructions_are_asked_in_the_chat_template_where_there_is_one(tokenizer):
