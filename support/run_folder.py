@@ -58,16 +58,25 @@ def write_json(path, content):
 
 
 def versions():
-    """What the numbers of a run depend on, beside its flags."""
-    here = Path(__file__).parent
-    head = ["git", "rev-parse", "HEAD"]
-    git = shutil.which("git") and subprocess.run(head, cwd=here, capture_output=True, text=True)
+    """What the numbers of a run depend on, beside its flags.
+
+    Returns:
+        dict: of Python and each module its version, the number of threads, and "git": the commit,
+        "COMMIT+changes" where a file of Python differs from it, None outside a repository.
+    """
+
+    def git(*words):
+        command = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), *words]
+        return command and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    changed = head and git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
     modules = (torch, numpy, safetensors, tokenizers)
     return {
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in modules},
         "threads": torch.get_num_threads(),
-        "git": (git and git.stdout.strip()) or None,
+        "git": head + "+changes" * bool(changed) if head else None,
     }
 
 

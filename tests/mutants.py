@@ -517,6 +517,9 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("relatives/reslora.py", "if len(self.passed) != self.n:", "if False:", "a block is called again in silence", f"{ADAPTERS2}::test_a_block_that_is_called_out_of_turn_is_refused"),
     ("relatives/reslora.py", "        x = F.dropout(x, self.lora_dropout, self.training)\n        return F.linear(x, self.branch()[0])", "        x = F.dropout(x, self.lora_dropout, self.training)\n        return F.linear(x, self.lora_A)", "what is off and frozen trains through its neighbours", f"{ADAPTERS2}::test_what_is_off_and_frozen_hands_on_without_a_gradient"),
     ("relatives/exchange.py", "if own else 0.0", "if own else -1e9", "a module without a rank is the last to get one", f"{ALLOCATORS}::test_a_module_that_holds_no_rank_is_the_first_to_get_one"),
+    ("support/run_folder.py", '"+changes" * bool(changed)', '""', "a line's commit is of other code", f"{DOORS}::test_a_run_says_its_commit_and_what_is_not_in_it"),
+    ("tools/compare.py", "places[-1] - places[0] >= len(places)", "False", "a best rate has neighbours that were not tried", f"{COMPARE}::test_bad_studies_are_one_line"),
+    ("tools/compare_report.py", "if abs(found.mean() - told) > 1e-6:", "if False:", "a table and a difference tell of other predictions", f"{COMPARE}::test_report_needs_nothing_but_the_lines"),
 ]
 # fmt: on
 

@@ -189,6 +189,7 @@ def test_dev_stands_for_the_test_set_where_the_study_says_so(study, tmp_path):
         ("seeds = [1, 2]", "seeds = []", "final.seeds is empty"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "final.seeds has a number twice"),
         ("lrs = [1e-3, 3e-3]", "lrs = [1e-3, 0.001]", "lrs of arm 'a' has a number twice"),
+        ("lrs = [1e-3, 3e-3]", "lrs = [1e-2, 1e-3]", "the lrs of arm 'a' have a gap"),
         ("[tune]", "[[tune]]", "is not a study: TypeError"),
         ('task = "mrpc"', 'task = "stsb"', "task is 'stsb', a study compares accuracy: .*mrpc"),
         ("[tune]", "[tune", "TOML"),
@@ -358,6 +359,12 @@ def test_report_needs_nothing_but_the_lines(tmp_path):
     assert "verdict" not in text and "decided" not in text
     tables = [x.count("|") for x in text.splitlines() if x.startswith("|")]
     assert tables == [8] * 4 + [6] * 3  # a heading, a rule and the rows are of one width
+    changed = [x | {"commit": "c0ffee00" + "+changes" * (x["seed"] > 1)} for x in lines[1:]]
+    text = "\n".join(compare_report.report([lines[0], *changed]))
+    assert text.endswith("; commits c0ffee0, c0ffee0+changes.")
+    other = [x | {"test": {"accuracy": 0.5}} if x.get("seed") == 2 else x for x in lines]
+    with pytest.raises(ValueError, match=r"seed 2: its predictions have accuracy 0\.[68]"):
+        compare_report.report(other)
     on_dev = [x | {"dev": [x["test"]]} if x["phase"] == "final" else x for x in unjudged]
     text = "\n".join(compare_report.report(on_dev))
     assert "| a | 18,432 | – | 0.001 | 2 | 68.8 ± 8.8 |\n" in text

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 
 import pytest
 import safetensors.torch
@@ -455,10 +456,30 @@ def test_ctrl_c_before_there_is_a_run_is_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_says_its_commit_and_needs_no_git(tmp_path, monkeypatch):
+@pytest.mark.skipif(not shutil.which("git"), reason="git makes the repository")
+def test_a_run_says_its_commit_and_what_is_not_in_it(tmp_path, monkeypatch):
+    """A file of Python that was changed, anywhere; not another file, nor one that is new."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@n"]
+    (tmp_path / "support").mkdir()
+    for name in ("train.py", "README.md", "support/run_folder.py"):
+        (tmp_path / name).write_text("1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "support" / "run_folder.py"))
+    assert run_folder.versions()["git"] == head
+    (tmp_path / "README.md").write_text("2\n")
+    (tmp_path / "new.py").write_text("2\n")
+    assert run_folder.versions()["git"] == head
+    (tmp_path / "train.py").write_text("2\n")
+    assert run_folder.versions()["git"] == f"{head}+changes"
+
+
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
     """A git that knows the commit; one that stands outside a repository; none."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    for script, said in (("echo c0ffee", "c0ffee"), ("echo no >&2; exit 128", None), (None, None)):
+    clean = '[ "$3" = status ] || echo c0ffee'
+    for script, said in ((clean, "c0ffee"), ("echo no >&2; exit 128", None), (None, None)):
         program = tmp_path / "git"
         if script:
             program.write_text(f"#!/bin/sh\n{script}\n")

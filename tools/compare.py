@@ -168,6 +168,12 @@ def check_study(study, path):
                 raise ValueError(
                     f"{path}: arm {arm.name!r} has lr {lr:g}, allowed: 1 or 3 times a power of ten"
                 )
+        places = sorted(GRID.index(lr) for lr in arm.lrs)
+        if study.widen and places[-1] - places[0] >= len(places):
+            raise ValueError(
+                f"{path}: the lrs of arm {arm.name!r} have a gap, and a rate is taken only with "
+                "its neighbours tried: add those between, or set tune.widen = false"
+            )
         for control in arm.controls:
             if control not in names:
                 raise ValueError(f"{path}: arm {arm.name!r} has an unknown control {control!r}")

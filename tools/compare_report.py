@@ -164,11 +164,21 @@ def finals(lines):
 
 
 def right(line, labels):
-    """(m,) 1 where the prediction on a test example is right, else 0."""
+    """(m,) 1 where the prediction on a test example is right, else 0.
+
+    Raises:
+        ValueError: not as many as labels, or their mean is not the accuracy of the line.
+    """
     predictions = np.frombuffer(line["predictions"].encode(), np.uint8)
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} test labels")
-    return (predictions == labels).astype(np.float64)
+    found, told = (predictions == labels).astype(np.float64), line["test"]["accuracy"]
+    if abs(found.mean() - told) > 1e-6:
+        raise ValueError(
+            f"arm {line['arm']!r} seed {line['seed']}: its predictions have accuracy "
+            f"{found.mean():.6f}, the line says {told:.6f}: one of them was changed"
+        )
+    return found
 
 
 def spread(values):
@@ -251,7 +261,8 @@ def report(lines):
         result += [""]
     tuned = sum(line["phase"] == "tune" for line in lines)
     total = sum(len(found) for found in arms.values())
-    commits = dict.fromkeys(line["commit"][:7] for line in lines if line.get("commit"))
+    whole = [line["commit"] for line in lines if line.get("commit")]
+    commits = dict.fromkeys(commit[:7] + "+changes" * ("+" in commit) for commit in whole)
     made = f"; commit{'s' * (len(commits) > 1)} {', '.join(commits)}" if commits else ""
     return [*result, f"{total} final runs, {tuned} tune runs{made}."]
 
