@@ -48,8 +48,8 @@ def baseline_scores(kind, costs, generator):
         kind: one of BASELINES. costs: dict name -> parameters. generator: torch.Generator.
 
     Returns:
-        dict name -> float > 0. Of "random" every order is as likely; a budget in parameters buys
-        more modules where they are small.
+        dict name -> float > 0. With "random" every order is equally likely; a budget in
+        parameters buys more modules where they are small.
 
     Raises:
         ValueError: another kind.
@@ -125,6 +125,7 @@ def keep_top(scores, keep=0.25, together=True, generator=None):
 
 
 def refuse_not_finite(scores):
+    """Raises ValueError where there is no score, or one that is not finite."""
     if not scores:
         raise ValueError("no scores: nothing to allocate")
     for name, value in scores.items():
@@ -171,7 +172,8 @@ def within_budget(scores, costs, budget, generator=None):
     order = shuffled(scores, generator)
     useful = [name for name in order if scores[name] > 0 and costs[name] <= budget]
     # Scaled by a power of two: no digit changes, and no sum overflows.
-    values = np.ldexp([scores[n] for n in useful], -math.frexp(max(scores.values()))[1])
+    largest = max((scores[name] for name in useful), default=1.0)
+    values = np.ldexp([scores[name] for name in useful], -math.frexp(largest)[1])
     weights = np.array([costs[name] for name in useful], dtype=np.int64)
     chosen = {useful[i] for i in knapsack(values, weights, budget)}
     # What the sums of the knapsack rounded away, 1 beside 1e30, is bought with what is left.
@@ -267,7 +269,7 @@ class Reallocator:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.history = []
         if mode not in ("static", "dynamic") or not 0 < every <= 1:
-            raise ValueError(f"mode is {mode!r}, every {every}: static, dynamic; 0 < every <= 1")
+            raise ValueError(f"mode {mode} every {every}, allowed: static, dynamic; 0 < every <= 1")
         if budget is None:
             keep_counts(costs, keep)
         else:
@@ -284,7 +286,11 @@ class Reallocator:
         return step_in_epoch % interval(self.every, steps_per_epoch) == 0
 
     def choose(self, scores, step, epoch):
-        """A decision from scores, put on record; returns the set of names that are on."""
+        """A decision from scores, put on record; returns the set of names that are on.
+
+        Raises:
+            ValueError: as keep_top or within_budget.
+        """
         if self.budget is None:
             on = keep_top(scores, self.keep, self.together, self.generator)
         else:
@@ -301,6 +307,7 @@ class Reallocator:
         return {"history": self.history, "rng": self.generator.get_state()}
 
     def load(self, state):
+        """Go on from what state() gave."""
         self.history = state["history"]
         self.generator.set_state(state["rng"])
 

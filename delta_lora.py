@@ -147,6 +147,7 @@ class DeltaLoRA:
                 layer.base.register_forward_hook(hook)
 
     def pair(self, name):
+        """(lora_A (r, in), lora_B (out, r)) of a module, without its scale."""
         layer = self.adapters[name]
         return layer.lora_A.detach(), layer.lora_B.detach()
 
@@ -193,9 +194,9 @@ class DeltaLoRA:
         Its scale is 1, and W is not needed.
 
         Returns:
-            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that is out
-            of the forward pass and has not moved its W. With single ranks R <= 3r, of a product of
-            rank 2r at most.
+            dict name -> (lora_A (R, in), lora_B (out, R)); R <= 2r, and 0 for a module that adds
+            nothing: its W has not moved, and it is out of the forward pass or its B is 0. With
+            single ranks R <= 3r, of a product of rank 2r at most.
         """
         result = {}
         for name, layer in self.adapters.items():
@@ -241,9 +242,10 @@ class DeltaLoRA:
         return norms
 
     def state(self):
-        """For a checkpoint: position, stretches, and W itself, without whose bits none resume.
+        """For a checkpoint: position, stretches, and W itself, added up step by step.
 
-        Refused while merged, as load() is.
+        W_0 and the pairs give W but for rounding, and a resumed run has the same bits. Refused
+        while merged, as load() is.
         """
         doors.refuse_merged(self.adapters)
         weights = {n: a.base.weight.detach() for n, a in self.adapters.items() if not self.lazy}

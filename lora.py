@@ -203,8 +203,9 @@ def inject(
         adapters(model).
 
     Raises:
-        ValueError: an unknown place or when_off, nothing to adapt, a rank out of range, or a model
-            that is injected, without numbers (meta), in float16, or no model.Transformer.
+        ValueError: an unknown place or when_off, nothing to adapt, a rank or lora_dropout out of
+            range, a weight that the adapter refuses, or a model that is injected, without numbers
+            (meta), in float16, or no model.Transformer.
     """
     doors.refuse_adapted(model, adapters(model))
     doors.refuse_places(model.config, (targets, LINEARS), (shortcuts, RESIDUALS + CROSS))
@@ -360,8 +361,9 @@ def merge(model):
         shortcut.
 
     Raises:
-        ValueError: already merged; a branch that no matrix equals; or lora_dropout > 0 in train
-            mode, where the branch is random (call model.eval() first).
+        ValueError: already merged; a branch that no matrix equals; a weight that two modules share,
+            that is sharded or in 16 bits; or lora_dropout > 0 in train mode, where the branch is
+            random (call model.eval() first).
     """
     layers = adapters(model)
     chosen = {n: a for n, a in layers.items() if a.in_forward and isinstance(a.base, nn.Linear)}
@@ -456,7 +458,7 @@ def load_adapter(model, path, adapter=LoRALayer):
         expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     adapter_file.refuse_misfit(path, tensors, expected)
     for name, layer in layers.items():  # only now: a refused file leaves the model as it was
-        if layer.r == 0:  # it adds nothing: of Delta-LoRA off and W as it was, of AdaLoRA E all 0
+        if layer.r == 0:  # it adds nothing (DeltaLoRA.export says when; AdaLoRA: every E_k is 0)
             continue
         for key in layer.factors():  # lora_A (r, in), lora_B (out, r), and what a kind has more
             setattr(layer, key, nn.Parameter(tensors[f"{name}.{key}"].clone()))

@@ -1,7 +1,7 @@
 """One Transformer for BERT, RoBERTa, OPT, GPT-2, LLaMA, Mistral, Qwen2, Qwen3 and Gemma.
 
 The families differ in few places, all of them fields of `Config` that `Block` and `Transformer`
-read: where the norm sits (after each sub-layer: BERT, RoBERTa, OPT-350m; before it: all others) and
+read: where the norm sits (after each sub-layer: BERT, RoBERTa, OPT-350M; before it: all others) and
 of what kind it is, where positions come from, who may attend to whom, whether the feed-forward is
 gated, and what the head reads. `Block` shows the places that HeteroLoRA (arXiv 2406.14956,
 Figure 1) can adapt: six linear layers, a seventh where there is a gate, and four shortcuts.
@@ -48,7 +48,7 @@ class Config:
     """What the model is, in one vocabulary for all families.
 
     max_positions is the longest sequence in tokens; RoBERTa and OPT keep position_offset unused
-    rows in front of their position table. embed_dim differs from hidden_size in OPT-350m alone.
+    rows in front of their position table. embed_dim differs from hidden_size in OPT-350M alone.
     Fields with a default are those that not every family has, and those not from config.json.
     """
 
@@ -63,7 +63,7 @@ class Config:
     pad_token_id: int
     layer_norm_eps: float
     activation: str  # key of ACTIVATIONS
-    causal: bool  # a token sees those before it, and the head reads the last one
+    causal: bool  # a token sees itself and those before it, and the head reads the last one
     pre_ln: bool  # the norm before each sub-layer, else after it
     final_norm: bool  # one more norm after the last block
     embed_norm: bool  # norm of the embeddings
@@ -98,7 +98,8 @@ class Config:
                 shortcut_norm, base_dtype.
 
         Raises:
-            ValueError: a family or feature that is not implemented, or a size that is missing.
+            ValueError: a family or feature that is not implemented; a size that is missing, or
+                contradicts another; or an override out of range.
         """
         return cls(**{**families.config_fields(hf), **overrides})
 
@@ -179,6 +180,7 @@ def predicted(x, labels):
 
 
 def norm_of(config):
+    """A norm of the hidden size, with the weights of a new one: RMSNorm or LayerNorm."""
     kind = nn.RMSNorm if config.rms_norm else nn.LayerNorm
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -253,7 +255,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x, previous_ffn_input, key_mask, read=None, turned=None, cache=None):
-        """One block. R: the residuals (identity); S: the cross-layer shortcuts (absent).
+        """One block. R is a residual, the identity unless adapted; S a cross-layer shortcut, absent
+        unless adapted.
 
         Args:
             x: (b, t, d), the residual stream.
@@ -262,8 +265,9 @@ class Block(nn.Module):
             read: (b,) positions whose output somebody reads; None = all. Only these are computed:
                 keys and values come from all t positions, the rest of the block from one.
             turned: rotation() of the t positions, None where a table has them.
-            cache: k and v of the tokens before in this block, which these join; None at first.
-                Afterwards t is 1, and key_mask has a column for every token, old and new.
+            cache: KeysValues of the tokens before in this block, which these join; its k and v are
+                None at first. Afterwards t is 1, and key_mask has a column for every token, old and
+                new. None = nothing is kept.
 
         Returns:
             The residual stream and this block's FFN input, both (b, t, d), or (b, 1, d) with read.
@@ -279,18 +283,18 @@ class Block(nn.Module):
                 turns = [pick(part.expand(len(read), -1, -1), read) for part in turned], turned
         sa_input = x
 
-        # pre-LN:  x = R_1 x + SA(LN x) + S_ffn y      y: the FFN input of the block before
-        # post-LN: x = LN(R_1 x + SA(x)) + S_ffn y
         causal = self.config.causal and read is None and (cache is None or cache.k is None)
         h = self.attention(queries, h, key_mask, causal, turns, cache)
+        # pre-LN:  x = R_1 x + SA(LN x) + S_ffn y      y: the FFN input of the block before
+        # post-LN: x = LN(R_1 x + SA(x)) + S_ffn y
         x = self.residual_1(sa_input) + self.drop(h)
         x = x if pre_ln else self.attn_norm(x)
         x = self.add_shortcut(x, self.shortcut_ffn, previous_ffn_input, self.attn_norm)
         ffn_input = x
 
+        h = self.feed_forward(self.ffn_norm(x) if pre_ln else x)  # (b, 1 or t, d)
         # pre-LN:  x = R_2 x + FFN(LN x) + S_sa z      z: this block's SA input
         # post-LN: x = LN(R_2 x + FFN(x)) + S_sa z
-        h = self.feed_forward(self.ffn_norm(x) if pre_ln else x)  # (b, 1 or t, d)
         x = self.residual_2(ffn_input) + self.drop(h)
         x = x if pre_ln else self.ffn_norm(x)
         x = self.add_shortcut(x, self.shortcut_sa, sa_input, self.ffn_norm)
@@ -315,11 +319,11 @@ class Block(nn.Module):
             if cache.k is not None:
                 k, v = torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2)
             cache.k, cache.v = k, v  # (b, g, tokens so far, d_h)
-        # SA = W_o [softmax(Q K^T / sqrt(d_h) + mask) V for each head]
         mask = None if causal else key_mask  # padding is on the right: causal hides it
         p = self.config.dropout if self.training else 0.0
         # Grouped: each head of k and v stands for several of q, one after the other.
         grouped = self.config.num_kv_heads < self.config.num_heads
+        # SA = W_o [softmax(Q K^T / sqrt(d_h) + mask) V for each head]
         h = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=grouped
         )
@@ -332,6 +336,7 @@ class Block(nn.Module):
         return q, k, self.split_heads(self.v_proj(x))
 
     def split_heads(self, x):
+        """(b, t, heads * d_h) -> (b, heads, t, d_h)."""
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (b, heads, t, d_h)
 
     def add_shortcut(self, x, shortcut, source, norm):
@@ -343,6 +348,7 @@ class Block(nn.Module):
         return norm(x) if self.config.shortcut_norm == "reuse" else x
 
     def drop(self, x):
+        """Dropout of what a sub-layer adds, in train mode."""
         return F.dropout(x, self.config.dropout, self.training)
 
 
@@ -405,7 +411,7 @@ class Transformer(nn.Module):
             Output(logits, loss).
 
         Raises:
-            ValueError: a sequence longer than the position table, padding that is not on the right,
+            ValueError: a sequence longer than max_positions, padding that is not on the right,
                 or weights that cannot be computed with: float16, or on the device "meta".
         """
         refuse_weights(self.word_embeddings.weight)
@@ -429,7 +435,11 @@ class Transformer(nn.Module):
         return generation.generate(self, input_ids, max_new_tokens, **how)
 
     def embed(self, input_ids, token_type_ids=None, inputs_embeds=None, positions=None):
-        """(b, t) -> (b, t, d), the input of the first block; positions as in `encode`."""
+        """(b, t) -> (b, t, d), the input of the first block; positions as in `encode`.
+
+        Raises:
+            ValueError: t is more than max_positions.
+        """
         c = self.config
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         b, t = x.shape[:2]

@@ -2,9 +2,9 @@
 
 Each proxy is one function (model, batches) -> {name: score}; larger = keep. All modules, those on
 shortcuts among them, are scored alike and together, with all of them switched on. L is the mean
-loss over all scored examples, so that no score but synflow_released's depends on how they were cut
-into batches. Of several processes each takes its share of the batches; gradients and counts are
-summed (support/distributed.py).
+loss over all scored examples, of a language model over all their predicted tokens, so that no score
+but synflow_released's depends on how they were cut into batches. Of several processes each takes
+its share of the batches; gradients and counts are summed (support/distributed.py).
 
     proxy          | score of a pair h = base(x) + s B A x, s = lora_alpha / r | at B = 0
     constant       | 1                                                         | 1
@@ -67,8 +67,10 @@ def score(name, model, batches):
         dict name -> float, in the order of lora.adapters; larger = keep.
 
     Raises:
-        ValueError: unknown proxy, a model or batches that refuse_unscorable does not let in, or a
-            score that is not finite.
+        ValueError: unknown proxy; a model or batches that refuse_unscorable does not let in; a
+            score that is not finite; or a proxy that does not go with the model: alpha_test without
+            classes, fisher where lora_A does not train, one that reads weights beside lazy
+            Delta-LoRA, one that needs whole weights where they are sharded.
 
     Warns:
         UserWarning: all scores are zero, so whatever is chosen from them is chosen at random.
@@ -87,7 +89,7 @@ def score(name, model, batches):
     if not any(scores.values()):
         warnings.warn(
             f"all {name} scores are zero: the choice is random; while B A is zero, "
-            "grad_norm, grasp and grad_norm_slot still tell modules apart",
+            "grad_norm, grasp, grad_norm_slot and snip_slot still tell modules apart",
             stacklevel=2,
         )
     return scores
@@ -138,7 +140,7 @@ def loss_terms(model, batch):
 
 
 def mean_gradients(model, batches, parameters):
-    """dL/dp of the mean loss over all examples, in the order of parameters; .grad is not used.
+    """dL/dp of the mean loss L of all batches, in the order of parameters; .grad is not used.
 
     deviates: the released code sums the gradients of the batches' means, so that its scores grow
     with their number.
@@ -146,7 +148,7 @@ def mean_gradients(model, batches, parameters):
     total = sum(loss_terms(model, batch) for batch in batches)
     sums = [torch.zeros_like(p, dtype=large.wide(p)[1]) for p in parameters]
     for batch, once in distributed.shares(batches):
-        # L = sum over batches of (their share of the examples) * (their mean loss)
+        # L = sum over batches of (their share of the examples or tokens) * (their mean loss)
         loss = model(**batch).loss * (once * loss_terms(model, batch) / total)
         gradients = torch.autograd.grad(loss, parameters)
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
@@ -271,9 +273,10 @@ def synflow(model, batches):
     an input of ones: no data, no labels. In float64, since R is a product over layers and leaves
     float32's range. At B = 0: exactly 0. Elsewhere S(A) = S(B): what flows into a pair flows out.
 
-    deviates from zero-cost-nas: Algorithm 1 takes a net to be linear, and a transformer's SynFlow
-    is 0 as it stands. LayerNorm is the identity (of equal features it outputs its bias alone), and
-    so is the activation; attention is linear_attention, and a gate weighs by 1 in the same way.
+    deviates from zero-cost-nas: Algorithm 1 takes a net to be linear, and a transformer is not.
+    With softmax and one token q and k score 0; with LayerNorm what flows into a pair does not flow
+    out of it. So the norms and the activation are the identity; attention is linear_attention, and
+    a gate weighs by 1 in the same way.
     Half of a pair's score is then the part of R that runs through it, R at most. R is read before
     the head, whose tanh saturates. The input is one token of ones: identical tokens would all carry
     the same.
@@ -353,6 +356,7 @@ def fisher(model, batches):
 
 @torch.no_grad()
 def accuracy(model, batches):
+    """The fraction of all examples of all batches whose class is right."""
     hits = 0
     for batch, once in distributed.shares(batches):
         hits += once * (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()

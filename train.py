@@ -6,7 +6,8 @@ Reads in the order of time: set-up, a decision, the loop, the run.
     step       | one optimizer step, over --accumulate batches of --batch-size examples
     loss       | mean over the examples of a step, whatever batches they came in; of text tasks over
                | all predicted tokens
-    decision   | which modules are on: score, choose, switch; before a step, never inside one
+    decision   | which modules are on: score, choose, switch; before a step, never inside one;
+               | that of step n comes after n of them
     position   | epoch, the number of finished ones; step_in_epoch; step, of all epochs
     plan       | allocate.Reallocator, of HeteroLoRA; an allocator is that of a relative
 
@@ -116,7 +117,11 @@ def around_steps(run):
 
 
 def decide(run):
-    """One decision of HeteroLoRA: score, choose, switch; said and written down."""
+    """One decision of HeteroLoRA: score, choose, switch; said and written down.
+
+    Raises:
+        CannotGoOn: a score that is not finite, or a proxy that does not go with the model.
+    """
     args, model, started = run.args, run.model, time.monotonic()
     batches = score_batches(run)
     try:
@@ -137,7 +142,7 @@ def decide(run):
 
 
 def score(run, batches):
-    """Of every module, by --proxy, the same on every process; or of a baseline."""
+    """The score of every module by --proxy, or of a baseline; the same on every process."""
     if run.args.proxy in allocate.BASELINES:
         return allocate.baseline_scores(run.args.proxy, run.plan.costs, run.plan.generator)
     return distributed.mean_scores(proxies.score(run.args.proxy, run.model, batches))
@@ -170,7 +175,11 @@ def learning_rate(step, total, lr, schedule, warmup):
 
 
 def train_step(run, group, lr):
-    """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float."""
+    """One optimizer step over a group of batches (lists of indices) -> the mean loss, a float.
+
+    Raises:
+        CannotGoOn: the loss is not finite; nothing has moved.
+    """
     total = sum(counted([run.train[i] for i in indices]) for indices in group)
     loss = 0.0
     for indices, once in map(distributed.part, group):
@@ -291,8 +300,8 @@ def dry_run(run):
 def main(argv=None):
     """Exit code: 0 done; 1 the run cannot go on; 2 bad input; 130 interrupted, saved if it trained.
 
-    Of several processes the first one has it, the others 0: torchrun would end the first, in the
-    middle of its last words, where another one failed before it.
+    Of several processes the first one has it, the others 0: if another one ended with an error
+    before it, torchrun would kill the first one while it still says what is wrong.
     """
     terminal.show_what_can_be_shown()
     with contextlib.ExitStack() as stack:

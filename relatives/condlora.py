@@ -28,10 +28,10 @@ from relatives.tied import share_pairs
 
 
 class CondLoRA(LoRALayer):
-    """A LoRALayer whose A and B are images of its frozen weight.
+    """A LoRALayer whose A and B are images of its frozen weight. Its arguments are the same.
 
     Raises:
-        ValueError: W is not square.
+        ValueError: as LoRALayer; or W is not square.
     """
 
     def __init__(self, base, in_features, out_features, *args, **kwargs):

@@ -11,7 +11,7 @@ invertible R: to first order s Δ(B A) = -eta s^2 (P_B G + G P_A), with the proj
 columns of B and the rows of A. Adam's moments, coordinate by coordinate, do not keep that.
 
 deviates: the published AdamW moves A first and preconditions B's gradient with the new A. Here both
-see the old factors, as in the paper's Equation 4 (and PEFT), so that the order is nothing.
+see the old factors, as in the paper's Equation 4 (and PEFT), so that the order does not matter.
 
 What this file does not do: find delta, which the authors tune for each task (1e-6 … 100 on GLUE
 with AdamW, elsewhere 0 … 1e8).

@@ -63,6 +63,9 @@ def keep_ranks(layer, kept):
 
     Args:
         layer: LoRALayer that trains A and B. kept: list of indices into 0 … r - 1, not empty.
+
+    Raises:
+        ValueError: kept is empty.
     """
     if not kept:
         raise ValueError("kept is empty: to drop every rank, set enabled = False")

@@ -45,7 +45,10 @@ def share_pairs(layers):
 
 
 class TiedLoRA(LoRALayer):
-    """A LoRALayer whose pair is shared, scaled row by row by its own u and v."""
+    """A LoRALayer whose pair is shared, scaled row by row by its own u and v.
+
+    Arguments and errors are those of LoRALayer.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -61,10 +61,14 @@ def refuse_places(config, *given):
     if not asked:
         linears = ", ".join(given[0][1])
         raise ValueError(f"nothing to adapt: name at least one target out of {linears}")
-    if asked == {"gate_proj"} and not config.gated:
-        raise ValueError(f"a {config.family} model has no gate_proj: name another target")
-    if asked == {"shortcut_ffn"} and config.num_layers == 1:
-        raise ValueError("nothing to adapt: the first block has no shortcut_ffn, and it is alone")
+    why = {}
+    if not config.gated:
+        why["gate_proj"] = f"a {config.family} model has no gate_proj"
+    if config.num_layers == 1:
+        why["shortcut_ffn"] = "the first block has no shortcut_ffn, and it is alone"
+    if asked <= why.keys():
+        reasons = ", and ".join(why[place] for place in sorted(asked))
+        raise ValueError(f"nothing to adapt: {reasons}: name another target")
 
 
 def refuse_names(on, layers):

@@ -2,7 +2,7 @@
 
     FAMILIES["bert"]      BERT, MiniLM and other sentence-transformers
     FAMILIES["roberta"]   the same blocks; other positions, head and special tokens
-    FAMILIES["opt"]       LayerNorm before each sub-layer, in OPT-350m after it
+    FAMILIES["opt"]       LayerNorm before each sub-layer, in OPT-350M after it
     FAMILIES["gpt2"]      weights stored transposed, q, k and v side by side in one matrix
     FAMILIES["llama"]     RMSNorm, rotary positions, grouped key-value heads, a gate, no biases:
                           LLaMA 2 and 3, SmolLM2, TinyLlama

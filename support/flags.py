@@ -206,7 +206,7 @@ FLAGS = {  # name: (type, default, help)
         "tokens of an example, longer ones are truncated (default: the task's, 128 for pairs; or "
         "what the model has)",
     ),
-    "seed": (number(int, 0), 0, "of lora_A, head, data order and dropout"),
+    "seed": (number(int, 0), 0, "of lora_A, head, data order, dropout, ties and what is held out"),
     "device": (str, "auto", "cpu, cuda, cuda:1, …; auto = cuda if there is one"),
     "log-every": (number(int, 1), 10, "steps between two train lines in metrics.jsonl"),
     "out": (path, None, "run folder, new or empty; by default runs/TASK-DATE-TIME"),

@@ -232,7 +232,7 @@ def baselines(task, data_dir, model, train_records, eval_records):
 
 
 def one_label(examples):
-    """Whether all examples have the same label: nothing can be learnt, or told, from them."""
+    """Whether all examples have the same label: nothing can be learned, or told, from them."""
     return len({label for _, label in examples}) == 1
 
 

@@ -201,7 +201,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("model.py", 'weight.dtype == torch.float16', 'weight.dtype == torch.float64', "float16 is computed with", f"{MODEL}::test_weights_that_cannot_be_computed_with"),
     ("model.py", "if not config.pooler_in_head:", "if config.pooler_in_head:", "BERT's own pooler is trained as head", f"{FOLDER}::test_pooler_that_came_is_backbone_and_a_fresh_one_is_head"),
     ("support/families.py", 'fields["pad_token_id"] + 1', 'fields["pad_token_id"]', "RoBERTa's positions from pad", f"{FOLDER}::test_roberta_layout_has_no_pooler_and_brings_an_lm_head"),
-    ("support/families.py", 'fields["pre_ln"] and kept', 'kept', "a last norm in OPT-350m", f"{FOLDER}::test_config_fields_of_real_files"),
+    ("support/families.py", 'fields["pre_ln"] and kept', 'kept', "a last norm in OPT-350M", f"{FOLDER}::test_config_fields_of_real_files"),
     ("support/families.py", 'first_eos),\n        "layer_norm_eps": Field("layer_norm_epsilon"', '0),\n        "layer_norm_eps": Field("layer_norm_epsilon"', "GPT-2 pads with 0, not with eos", f"{FOLDER}::test_config_fields_of_real_files"),
     ("support/hf_folder.py", "tensor = tensor.T  #", "tensor = tensor  #", "Conv1D not transposed", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
     ("support/hf_folder.py", "record.fused.index(place)]", "0]", "q, k and v are all q", f"{FOLDER}::test_gpt2_layout_splits_c_attn_and_transposes"),
@@ -455,7 +455,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # ------------------------------------------------------------------------------------ text tasks
     ("support/texts.py", "label = ([-100] * len(prompt) + answer)", "label = (prompt + answer)", "the prompt is trained on", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
     ("support/texts.py", "label = ([-100] * len(prompt) + answer)", "label = ([-100] * (len(prompt) + 1) + answer[1:])", "the first token of a target is not trained on", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
-    ("support/texts.py", "add_special_tokens=False).ids + ends[:1]", "add_special_tokens=False).ids", "no end of text is learnt", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
+    ("support/texts.py", "add_special_tokens=False).ids + ends[:1]", "add_special_tokens=False).ids", "no end of text is learned", f"{TEXTS}::test_the_target_alone_is_predicted_and_its_end"),
     ("support/texts.py", "found.setdefault(prompt, []).extend(targets)", "found[prompt] = targets", "one reference a prompt, the last", f"{TEXTS}::test_references_are_grouped_by_prompt"),
     ("support/texts.py", 'for s in ("dev", "test") if found.get(s)', 'for s in ("train", "dev", "test") if found.get(s)', "training rows are grouped", f"{TEXTS}::test_references_are_grouped_by_prompt"),
     ("support/texts.py", "range(0, len(ids), length)", "range(0, len(ids), length - 1)", "windows overlap", f"{TEXTS}::test_windows"),

@@ -281,6 +281,12 @@ def test_static_schedule_is_once():
     assert [s for s in range(20) if p.due(s, s % 5, 5)] == [0]
 
 
+def test_a_score_that_nothing_can_buy_does_not_blur_the_others():
+    """Beside 1e300 the others are as good as 0, if it has a say in the scale."""
+    scores, costs = {"big": 1e300, "a": 3e-30, "b": 2e-30, "c": 2e-30}, dict(big=99, a=6, b=5, c=5)
+    assert allocate.within_budget(scores, costs, 10) == {"b", "c"}
+
+
 def test_scores_whose_sum_overflows():
     """As of SYNFLOW in a deep model: the largest float64 is 1.8e308."""
     scores, costs = dict(a=1e308, b=1.2e308, c=1.7e308, d=1e308), dict(a=2, b=2, c=3, d=2)
@@ -293,10 +299,10 @@ def test_a_plan_that_is_none_is_refused():
     for given, message in (
         (
             {"mode": "Static"},
-            "mode is 'Static', every 1.0: static, dynamic",
+            "mode Static every 1.0, allowed: static, dynamic",
         ),
-        ({"mode": "dynamic", "every": 2.0}, "every 2.0: .* 0 < every <= 1"),
-        ({"mode": "dynamic", "every": 0.0}, "every 0.0: "),
+        ({"mode": "dynamic", "every": 2.0}, "every 2.0, .* 0 < every <= 1"),
+        ({"mode": "dynamic", "every": 0.0}, "every 0.0, allowed"),
     ):
         with pytest.raises(ValueError, match=message):
             allocate.Reallocator(costs, keep=1.0, **given)

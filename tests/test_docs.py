@@ -611,12 +611,19 @@ def test_the_tables_of_a_study_are_what_its_lines_say(study, page):
     none([table for table in tables if f"\n\n{table}\n\n" not in text])
 
 
-def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
-    """Mean, interval over seeds, interval over both: with random static, as the page has them."""
+@functools.cache
+def the_study():
+    """Of MRPC: (lines, final runs by arm, labels of the test set, text of the page)."""
     lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
     labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
     arms = compare_report.finals(lines)
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    return lines, arms, labels, page
+
+
+def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
+    """Mean, interval over seeds, interval over both: with random static, as the page has them."""
+    lines, arms, labels, page = the_study()
     told = {  # arm -> what the page says of it beside random static
         "GRAD-NORM dynamic": "{:+.1f} ({:+.1f} … {:+.1f} over seeds, {:+.1f} … {:+.1f} over both)",
         "random dynamic": "{:.1f} points below random static ({:.1f} … {:.1f}, {:.1f} … {:.1f})",
@@ -635,10 +642,7 @@ def test_differences_that_are_told_beside_the_tables_are_of_the_lines():
 
 def test_what_is_told_of_off_frozen_is_of_the_lines():
     """Differences that no table has, the run that collapsed, what changes, and what is stored."""
-    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
-    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
-    arms = compare_report.finals(lines)
-    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    _, arms, labels, page = the_study()
     chance, slot = (arms[f"{name} dynamic, off = frozen"] for name in ("random", "grad_norm_slot"))
     assert len(chance) == len(slot) == 10
     _, mean, seeds, both = compare_report.compared(chance, arms["random dynamic"], labels)
@@ -667,10 +671,7 @@ def test_what_is_told_of_off_frozen_is_of_the_lines():
 
 def test_what_is_told_of_the_later_arms_is_of_the_lines():
     """What changes at a decision, and the differences that no table has or that prose repeats."""
-    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
-    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
-    arms = compare_report.finals(lines)
-    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    _, arms, labels, page = the_study()
 
     def changed(arm):
         histories = [[set(on) for _, on in line["decisions"]] for line in arms[arm].values()]
@@ -707,17 +708,13 @@ def test_what_is_told_of_the_later_arms_is_of_the_lines():
         assert text in page
 
 
-def test_what_is_told_of_runs_that_hardly_learned_and_without_them_is_of_the_lines():
-    """Whose they are, the rates, and differences without the worst runs, as the page has them."""
-    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
-    labels = np.frombuffer(lines[0]["labels"].encode(), np.uint8)
-    arms = compare_report.finals(lines)
-    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+def test_runs_that_hardly_learned_are_those_of_the_lines():
+    """Whose they are, how many each has, and at which rates there is none."""
+    _, arms, _, page = the_study()
     low = {name: sum(x["test"]["accuracy"] < 0.7 for x in arms[name].values()) for name in arms}
-    rates = {name: first["lr"] for name, (first, *_) in ((n, [*arms[n].values()]) for n in arms)}
-    slow = [name for name in arms if rates[name] == 0.001]
+    slow = [name for name in arms if arms[name][1]["lr"] == 0.001]
     assert not any(low[name] for name in slow)
-    assert f"of the {sum(len(arms[n]) for n in slow)} runs at 0.001 there is none" in page
+    assert f"of the {10 * len(slow)} runs at 0.001 there is none" in page
     told = {
         "{} of the ten runs of random dynamic,": "random dynamic",
         "{} of grad_norm_slot dynamic,": "grad_norm_slot dynamic",
@@ -729,51 +726,48 @@ def test_what_is_told_of_runs_that_hardly_learned_and_without_them_is_of_the_lin
         "{:.0s}ranks, GRAD-NORM combined and": "GRAD-NORM dynamic combined",
         "{:.0s}combined and `v_proj` alone. All": "v_proj alone, r 4",
     }
-    assert {n for n in arms if low[n] and n != "head alone"} == set(told.values())
+    assert {name for name in arms if low[name]} == {*told.values(), "head alone"}
     none([text for text, name in told.items() if text.format(str(low[name])) not in page])
-    assert [low[n] for t, n in told.items() if ":.0s" in t] == [1, 1, 1]
+    assert all(low[name] == 1 for text, name in told.items() if ":.0s" in text)
 
-    def told_without(arm, seeds, control, text):
+
+def test_what_is_told_without_some_runs_and_of_three_epochs_is_of_the_lines():
+    _, arms, labels, page = the_study()
+    without, four = "the mean is {0:+.1f}", "({1:+.1f} … {2:+.1f}, {3:+.1f} … {4:+.1f})"
+    three = "{0:.1f} points above GRAD-NORM's three whole modules " + four[:-1]
+    ranks, uniform = "GRAD-NORM on single ranks", "uniform r 2"
+    for arm, seeds, control, text in (
+        ("v_proj alone, r 4", [9], uniform, f"without it {without} {four}"),
+        ("grad_norm_slot dynamic, off = frozen", [5, 9], uniform, f"both {without} {four}"),
+        ("GRAD-NORM dynamic combined", [5], "uniform r 2 on all", f"without it {without}"),
+        (ranks, [], "GRAD-NORM static", three),
+    ):
         rest = {seed: x for seed, x in arms[arm].items() if seed not in seeds}
         _, mean, t, both = compare_report.compared(rest, arms[control], labels)
         assert text.format(mean, *t, *both) in page
-
-    four = "({1:+.1f} … {2:+.1f}, {3:+.1f} … {4:+.1f})"
-    told_without("v_proj alone, r 4", [9], "uniform r 2", "without it the mean is {0:+.1f} " + four)
-    told_without(
-        "grad_norm_slot dynamic, off = frozen", [5, 9], "uniform r 2",
-        "without both the mean is {0:+.1f} " + four,
-    )  # fmt: skip
-    told_without(
-        "GRAD-NORM dynamic combined", [5], "uniform r 2 on all", "without it the mean is {0:+.1f}"
-    )
-    ranks, static = "GRAD-NORM on single ranks", "GRAD-NORM static"
-    told_without(
-        ranks, [], static, "{0:.1f} points above GRAD-NORM's three whole modules " + four[:-1]
-    )
     several = [sum(map(bool, x["decisions"][0][1].values())) for x in arms[ranks].values()]
     assert f"the 24 ranks lie in {min(several)} to {max(several)} modules" in page
     last = []
-    for name in ("uniform r 2", "GRAD-NORM dynamic", "v_proj alone, r 4", "random static"):
+    for name in (uniform, "GRAD-NORM dynamic", "v_proj alone, r 4", "random static"):
         dev = [[epoch["accuracy"] for epoch in x["dev"][-2:]] for x in arms[name].values()]
         last.append(100 * np.diff(dev).mean())
-    rises = "by {:.1f} points for uniform, {:.1f} for GRAD-NORM, {:.1f} for `v_proj` alone, {:.1f}"
-    assert rises.format(*last) in page
-    low_end = compare_report.compared(arms["uniform r 2, alpha 12"], arms["uniform r 2"], labels)
-    assert -0.05 < low_end[-1][0] < 0 and "leaves it open, by less than 0.05" in page
+    told = "by {:.1f} points for uniform, {:.1f} for GRAD-NORM, {:.1f} for `v_proj` alone, {:.1f}"
+    assert told.format(*last) in page
+    control = arms["uniform r 2, alpha 12"]
+    assert -0.05 < compare_report.compared(control, arms[uniform], labels)[-1][0] < 0
+    assert "leaves it open, by less than 0.05" in page
 
 
 def test_every_rate_of_the_study_is_the_best_of_three():
     """As the page says; by the means of the tune lines, not by the study's own rule."""
-    lines = compare_report.read_results(ROOT / "results" / "mrpc.jsonl")
-    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    lines, arms, _, page = the_study()
     assert "three rates, 3e-4 to 3e-3 or 1e-3 to 1e-2, the best one in the middle" in page
     right = collections.defaultdict(dict)
     for x in lines:
         if x["phase"] == "tune":
             hits = round(600 * x["dev"][-1]["accuracy"])
             right[x["arm"]].setdefault(x["lr"], []).append(hits)
-    for arm, found in compare_report.finals(lines).items():
+    for arm, found in arms.items():
         (rate,) = {x["lr"] for x in found.values()}
         tried = sorted(right[arm])
         assert tried in ([3e-4, 1e-3, 3e-3], [1e-3, 3e-3, 1e-2]) and rate == tried[1]

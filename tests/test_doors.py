@@ -598,6 +598,11 @@ def test_what_is_switched_on_is_a_set_of_names():
 def test_a_first_block_alone_has_no_shortcut_from_the_one_before():
     with pytest.raises(ValueError, match="nothing to adapt: the first block has no shortcut_ffn"):
         lora.inject(tiny.model("bert", num_layers=1), (), r=2, shortcuts=("shortcut_ffn",))
+    both = (
+        "nothing to adapt: a bert model has no gate_proj, and the first block has no shortcut_ffn"
+    )
+    with pytest.raises(ValueError, match=both):
+        lora.inject(tiny.model("bert", num_layers=1), ("gate_proj",), shortcuts=("shortcut_ffn",))
 
 
 def test_a_weight_that_two_modules_have_is_not_merged():

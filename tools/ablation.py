@@ -192,7 +192,7 @@ def fall_when_trained(run, groups, steps, tick):
             layer.enabled = True
             train_for(run, groups, lr)
             fall[name] = base - mean_loss(model, batches)
-            layer.enabled = False  # what it learnt is off with it
+            layer.enabled = False  # what it learned is off with it
             tick(work_of_module(run, "start", steps))
     return base, fall
 
