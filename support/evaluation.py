@@ -11,9 +11,9 @@ decide when to evaluate (train.py).
 
 import math
 
-import torch
-
 from support import distributed, glue, report, run_folder, terminal, writing
+from support.generation import reading
+from support.run import CannotGoOn
 
 EVAL_BATCH_SIZE = 64
 EVAL_TOKENS = 2048  # of a language model's batch: each has as many logits as there are words
@@ -33,23 +33,28 @@ def counted(examples):
     return sum(token != -100 for label in label_lists for token in label[1:])
 
 
-@torch.no_grad()  # not inference_mode: a sharded base keeps the buffers that it gathers in
 def predict(model, task, examples):
-    """A class id (regression: a score) for each encoded example, in order; the mode is kept."""
-    training = model.training
-    model.eval()
+    """A class id (regression: a score) for each encoded example, in order; the mode is kept.
+
+    Raises:
+        CannotGoOn: an output is not finite, as after a step that was too long.
+    """
     # by length: little padding, and shares that are alike
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     mine, found = distributed.even(order), []
-    for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
-        batch = batch_of(model, [examples[mine[i]] for i in indices])
-        del batch["labels"]
-        logits = model(**batch).logits  # (b, labels)
-        found += (logits.argmax(-1) if task.labels else logits[:, 0]).tolist()
-    model.train(training)
+    with reading(model):
+        for indices in glue.in_order(mine, EVAL_BATCH_SIZE):
+            batch = batch_of(model, [examples[mine[i]] for i in indices])
+            del batch["labels"]
+            logits = model(**batch).logits  # (b, labels)
+            chosen = logits.argmax(-1) if task.labels else logits[:, 0]  # (b,)
+            whole = logits.isfinite().all(-1).tolist()
+            found += [c if ok else None for c, ok in zip(chosen.tolist(), whole, strict=True)]
     own = len(distributed.share(order))  # what stands in for one more is another process's
     parts = distributed.gather(dict(zip(mine[:own], found[:own], strict=True)))  # by index
     by_index = {i: prediction for part in parts for i, prediction in part.items()}
+    if None in by_index.values():  # in all processes
+        raise CannotGoOn("an output of the model is not a finite number")
     return [by_index[i] for i in range(len(examples))]
 
 
@@ -64,21 +69,24 @@ def of_tokens(examples):
     return batches
 
 
-@torch.no_grad()
 def language(model, examples):
-    """{"loss", "perplexity"} of a causal model, over all predicted tokens; the mode is kept."""
-    training = model.training
-    model.eval()
+    """{"loss", "perplexity"} of a causal model, over all predicted tokens; the mode is kept.
+
+    Raises:
+        CannotGoOn: the loss is not finite.
+    """
     mine, total, terms = list(distributed.shares(of_tokens(examples))), 0.0, 0
-    for part, once in terminal.watched(mine, "evaluating"):
-        batch = batch_of(model, part)
-        n = once * counted(part)
-        # loss = sum over batches of n * (their mean loss) / sum of n     n: predicted tokens
-        total += model(**batch).loss.item() * n
-        terms += n
-    model.train(training)
+    with reading(model):
+        for part, once in terminal.watched(mine, "evaluating"):
+            batch = batch_of(model, part)
+            n = once * counted(part)
+            # loss = sum over batches of n * (their mean loss) / sum of n     n: predicted tokens
+            total += model(**batch).loss.item() * n
+            terms += n
     total, terms = distributed.sum_numbers([total, float(terms)])
     loss = total / terms
+    if not math.isfinite(loss):
+        raise CannotGoOn(f"the loss of the model is {loss}")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 

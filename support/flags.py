@@ -19,7 +19,7 @@ import allocate
 import lora
 import proxies
 from relatives import METHODS, NOT_LINEAR_IN_R
-from support import download, large, run_folder, tasks
+from support import distributed, download, large, run_folder, tasks
 from support.errors import shown
 from support.settings import refuse_conflicts
 
@@ -284,7 +284,6 @@ def parse_flags(argv, task_of=None):
     parser.add_argument(
         "--dry-run", action="store_true", help="one step and one evaluation batch, nothing written"
     )
-    refuse_old_spellings(sys.argv[1:] if argv is None else argv)
     refuse_two_allocators(sys.argv[1:] if argv is None else argv)
     found, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, [*FLAGS, "preset", "test", "resume", "eval-only", "dry-run", "help"])
@@ -331,14 +330,9 @@ def refuse_unknown(words, known):
     flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
     near = difflib.get_close_matches(flag, [f"--{name}" for name in known], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists all"
+    if flag == "--rank":
+        hint = "; a module's rank is --r, and --ranking says how modules are ranked"
     raise ValueError(f"unrecognized arguments: {' '.join(words)}{hint}")
-
-
-def refuse_old_spellings(argv):
-    """Raises ValueError that names the new spelling of a flag that was renamed."""
-    for word in argv:
-        if word.partition("=")[0] == "--rank":
-            raise ValueError("--rank is now --ranking (together or apart)")
 
 
 def refuse_two_allocators(argv):
@@ -455,4 +449,4 @@ def equal_budget_control(args, spent, costs):
         for k, v in given.items()
     )
     text += " --test" * args.test
-    return f"python train.py {text}", r * one
+    return f"{distributed.command()} train.py {text}", r * one

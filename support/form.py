@@ -25,7 +25,7 @@ class Maybe:
 
 
 def count(value):
-    """Of steps, lines, examples: what an int from 0 up fits, of 64 bits."""
+    """A form: an int from 0 to 2**63 - 1, of steps, lines or examples."""
     return type(value) is int and 0 <= value < 2**63
 
 

@@ -42,7 +42,7 @@ class Cache:
         self.lengths = mask.sum(1)  # (b,)
 
     def reorder(self, rows):
-        """Row i becomes what row rows[i] was: (b,) -> rows may repeat, be left out, or be more."""
+        """Row i becomes what row rows[i] was. rows: (n,); one may repeat, or be left out."""
         for block in self.blocks:
             block.k, block.v = block.k[rows], block.v[rows]  # (len(rows), g, columns, d_h)
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
@@ -185,9 +185,15 @@ def checked(model, input_ids, max_new_tokens, attention_mask, eos_token_ids):
         raise ValueError(f'the model has the head {c.head!r}: load it with head="lm" to generate')
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, allowed: an integer from 1 up")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids is {shape}, expected (b, t) with a token at least")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        shapes = f"{tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        raise ValueError(f"attention_mask is {shapes}: they are to be alike")
     mask = mask.bool()  # (b, t)
-    if not mask.numel() or not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+    if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("attention_mask must be ones, then zeros: this model pads on the right")
     longest = mask.shape[1] + max_new_tokens
     if longest > c.max_positions:
@@ -205,7 +211,7 @@ def reading(model):
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: see evaluation.predict
+        with torch.no_grad():  # not inference_mode: a sharded base keeps the buffers it gathers in
             yield
     finally:
         for module in training:

@@ -351,12 +351,18 @@ def encode(examples, tokenizer, max_length):
         ValueError: a text is empty, and the tokenizer puts no token of its own to it.
     """
     texts = [texts if len(texts) == 2 else texts[0] for texts, _ in examples]
+    truncation, padding = tokenizer.truncation, tokenizer.padding
     tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer.no_padding()  # collate pads, and masks it
     try:
         encodings = tokenizer.encode_batch(texts)
     finally:
         tokenizer.no_truncation()
-    empty = tokenizer.token_to_id("<|endoftext|>")  # GPT-2 alone adds no token of its own
+        if truncation:
+            tokenizer.enable_truncation(**truncation)
+        if padding:
+            tokenizer.enable_padding(**padding)
+    empty = tokenizer.token_to_id("<|endoftext|>")  # of GPT-2's kind, which add no token
     if empty is None and not all(e.ids for e in encodings):
         raise ValueError("an example's text is empty, and so are its tokens: take it out")
     encoded = [

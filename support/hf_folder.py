@@ -38,6 +38,14 @@ from support.form import count, misfit
 # -------------------------------------------------------------------------------------------- files
 
 
+def read_text(path):
+    """The text of a file. ValueError: it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} ({error.reason})") from error
+
+
 def read_json(path):
     """The object in a JSON file.
 
@@ -80,7 +88,7 @@ def read_chat_template(folder):
     files = [Path(folder) / f"{n}.json" for n in ("special_tokens_map", "tokenizer_config")]
     found = [read_json(path) if path.is_file() else {} for path in files]
     options, alone = found[0] | found[1], Path(folder) / "chat_template.jinja"
-    template = alone.read_text("utf-8") if alone.is_file() else options.get("chat_template")
+    template = read_text(alone) if alone.is_file() else options.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
@@ -214,7 +222,8 @@ def check_sizes(tensors, config):
 
     Each size is compared with the shape of one tensor that has it, and the number of layers with
     the numbers in the names; convert compares everything else with the model. A size that no
-    tensor confirms is refused too: a model of 10**12 columns cannot even be described.
+    tensor confirms is refused too, for a model of 10**12 columns cannot even be described; but not
+    the number of heads, which in some families no tensor has.
 
     Args:
         tensors: dict, as read_tensors gives them; only names and shapes are read.

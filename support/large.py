@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support import distributed
+from support.errors import one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ_WHOLE = {  # proxies that a sharded model cannot be scored by -> why
@@ -149,6 +150,7 @@ def place(model, device, sharded, resumed=False):
 
     Raises:
         ValueError: to be sharded in one process alone, and no run that goes on.
+        OSError: it does not fit there.
     """
     alone = sharded and distributed.world() == 1
     if alone and not resumed:
@@ -157,7 +159,13 @@ def place(model, device, sharded, resumed=False):
         )
     if sharded and not alone:
         shard(model, device)
-    model.to(device)
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            f"the model does not fit on {device} ({one_line(error)}): give --base-dtype bf16, a "
+            "smaller --model, or another --device"
+        ) from error
     return ["--shard yes does nothing in one process: the base is whole"] * alone
 
 

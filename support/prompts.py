@@ -27,7 +27,7 @@ def read_form(folder):
         token = options.get(key) or ""
         specials[key] = token.get("content") if isinstance(token, dict) else token
         if not isinstance(specials[key], str):
-            raise ValueError(f"{folder}/tokenizer_config.json: {key} is {shown(token)}, no token")
+            raise ValueError(f"{folder}: {key} is {shown(token)}, no token")
     return (template, specials) if template else None, specials
 
 

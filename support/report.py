@@ -3,6 +3,8 @@
 What this file does not do: measure anything (evaluation.py), draw (tools/plot.py).
 """
 
+import shlex
+
 
 def show(metrics):
     """Metrics in one line; the epoch, where there is one, is left out."""
@@ -55,7 +57,9 @@ def table(
         "beside it": ", ".join(f"{name} {value:.3f}" for name, value in baselines.items()),
         "test": show(test or {}),
         "seconds": words,
-        "decisions": f"{decisions}; python tools/plot.py {folder}" if decisions else "",
+        "decisions": f"{decisions}; python tools/plot.py {shlex.quote(str(folder))}"
+        if decisions
+        else "",
         "run folder": str(folder),
     }
     lines = [f"{name:<12}{value}" for name, value in rows.items() if value]

@@ -120,7 +120,7 @@ def enter_folder(run, stack, *, resume, out, name, stored, data, lines):
         stack: contextlib.ExitStack that holds the lock of a new folder.
         resume: the folder of the run that goes on, or None. out: a new one, or None: by its name.
         name: str, of the task. stored: dict of flags; data: dict split -> fingerprint.
-        lines: int, of the log that are kept of a run that goes on.
+        lines: int, how many lines of its log a run that goes on keeps.
 
     Raises:
         OSError: it is not empty, in use, or cannot be written.
@@ -154,7 +154,7 @@ def fingerprints(run, sharded):
     """What a run goes on with only if it is the same: {what: its number of parts and SHA-256}.
 
     Of "train", "dev" and "test" it is the encoded examples, where they are read; of "config" what
-    model it is; of "base" the pretrained weights, without what is adapted, unless they are sharded.
+    model it is; of "base" all frozen weights, those under adapters too, unless they are sharded.
 
     Args:
         run: as set up, before any step. sharded: bool, --shard yes.

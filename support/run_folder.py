@@ -66,7 +66,9 @@ def versions():
     """
 
     def git(*words):
-        command = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), *words]
+        # Without locks: to ask changes nothing, not even the times in git's index.
+        here = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+        command = shutil.which("git") and [*here, *words]
         return command and subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     head = git("rev-parse", "HEAD")
@@ -95,8 +97,11 @@ def locked(folder):
 def locked_file(path, what=""):
     """A file, open for reading and appending, that this process alone may write.
 
+    Args:
+        path: of the file. what: str, the words for it.
+
     Raises:
-        OSError: another process holds it, or it cannot be written. what: the words for it.
+        OSError: another process holds it, or it cannot be written.
     """
     with open(path, "a+b") as file:
         try:
@@ -122,6 +127,7 @@ def create(folder, stack, flags, data):
         OSError: it is not empty, in use, or cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_filled(folder)  # before it gets a lock, and again when nobody else can fill it
     stack.enter_context(locked(folder))
     refuse_filled(folder)
     write_json(folder / "config.json", {"flags": flags, "data": data, "versions": versions()})

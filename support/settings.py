@@ -62,17 +62,21 @@ def needs(a):
     allocation = f"--allocate static or dynamic: {why}"
     return (
         ("keep", allocates or a.allocate == "adalora", allocation),
-        ("every", a.allocate != "none", allocation),
         ("score_batches", allocates or a.allocate == "alora", allocation),
-        ("budget_params per_rank when_off proxy ranking", allocates, allocation),
-        ("every", a.allocate != "static", "--allocate dynamic: a static choice is made once"),
+        ("budget_params per_rank proxy ranking", allocates, allocation),
+        ("when_off", allocates, "--allocate dynamic: else nothing that has learned goes off"),
+        ("every", a.allocate not in ("none", "static"), "--allocate dynamic: what chooses again"),
         (
             "score_batches",
             reads_data or not allocates,
             f"a --proxy that reads batches: {a.proxy} does not",
         ),
         ("ranking", a.budget_params is None, "--keep: --budget-params knows one ranking alone"),
-        ("ranking", a.targets and shortcuts, "both --targets and --shortcuts: one kind has one"),
+        (
+            "ranking",
+            a.targets and shortcuts,
+            "both --targets and --shortcuts: one kind is one ranking",
+        ),
         ("r", modules, "--targets or --shortcuts: no module has it"),
         ("lora_dropout", modules or not a.lora_dropout, "--targets or --shortcuts"),
         ("lora_alpha", a.targets, "--targets: shortcuts have --shortcut-alpha"),
@@ -237,7 +241,7 @@ def about_training(a, examples, batches, parameters, steps):
         ),
         (
             a.lr * steps < 1e-6,
-            f"--lr {a.lr:g}: in {steps} steps no parameter moves further than {a.lr * steps:.1g}",
+            f"--lr {a.lr:g} times {steps} steps is {a.lr * steps:.1g}: hardly anything will move",
         ),
         (
             a.lr * a.weight_decay >= 0.1,
@@ -274,7 +278,10 @@ def about_allocation(a, examples, per_epoch, plan):
     """[(whether it is so, what is said)] of scores, budget and schedule."""
     asked = a.score_batches * a.batch_size
     everything = sum(plan.costs.values())
-    whole = a.keep == 1 if a.budget_params is None else a.budget_params >= everything
+    if a.budget_params is None:
+        whole = sum(allocate.keep_counts(plan.costs, a.keep)) == len(plan.costs)
+    else:
+        whole = a.budget_params >= everything
     budget = f"keep {a.keep:g}" if a.budget_params is None else f"budget-params {a.budget_params}"
     due = sum(plan.due(1, step, per_epoch) for step in range(per_epoch))
     reads_data = a.proxy not in (*allocate.BASELINES, *proxies.WITHOUT_DATA)

@@ -60,7 +60,8 @@ def load(layer, state_dict, prefix, _metadata, _strict, missing, *_rest):
     """The hook of load_state_dict(): switch the module as the saved one was.
 
     Raises:
-        ValueError: it would not compute what that one did.
+        ValueError: it would not compute what that one did. What stands before it in the model is
+            loaded by then: take a freshly loaded model.
     """
     found = {key: state_dict.pop(prefix + key, None) for key in of(layer)}
     lacking = [prefix + key for key, value in found.items() if value is None]

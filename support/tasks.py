@@ -107,7 +107,8 @@ def encode(name, splits, tokenizer, config, folder, *, max_length, train_records
     running, notes = name in texts.TASKS and not texts.TASKS[name].columns, []
     if not running:
         splits = [first(s, *limit, notes) for s, limit in zip(splits, limits, strict=True)]
-    if train_records and train_records > 1 and name in glue.TASKS and glue.one_label(splits[0]):
+    classes = name in glue.TASKS and splits[0]
+    if classes and train_records and train_records > 1 and glue.one_label(splits[0]):
         raise ValueError(f"--train-records {train_records}: all of them have one label; give more")
     if name in texts.TASKS:
         examples, prompts, more = texts.encode_splits(

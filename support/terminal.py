@@ -24,9 +24,10 @@ from support.run import CannotGoOn
 def stop_on_signal(run):
     """Set run.asked_to_stop at the first Ctrl-C or SIGTERM; a second one ends it at once."""
 
-    def request(signum, _frame):
+    def request(_signum, _frame):
         run.asked_to_stop = True
-        signal.signal(signum, signal.default_int_handler)
+        for signum in before:
+            signal.signal(signum, signal.default_int_handler)
 
     before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -48,7 +49,7 @@ def warnings_as_notes():
     """Print every UserWarning as one line beside the progress bar."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}")
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {one_line(message)}")
         yield
 
 

@@ -307,6 +307,9 @@ def read_csv(path, text, columns):
     try:
         header = next(lines, [])
         absent = [c for c in columns if c not in header]
+        twice = [c for c in columns if header.count(c) > 1]
+        if twice:
+            raise ValueError(f"{path}:1: column {twice[0]!r} is there twice in the header")
         if absent:
             has = one_line(", ".join(header))
             raise ValueError(f"{path}:1: no column {absent[0]!r} in the header; it has: {has}")
@@ -394,7 +397,7 @@ def encode(name, records, tokenizer, form, ends, max_length):
 
 
 def windows(ids, length):
-    """A running text as examples of `length` tokens, side by side; a last token alone is left."""
+    """A running text as examples of `length` tokens, side by side; none has one token alone."""
     parts = [ids[i : i + length] for i in range(0, len(ids), length)]
     return [{"input_ids": part, "label": part} for part in parts if len(part) > 1]
 
@@ -407,7 +410,7 @@ def encode_splits(name, splits, tokenizer, config, folder, max_length):
         max_length: int, or None for the task's own, or what the model has.
 
     Returns:
-        ([train, dev, test], {"dev": prompts, "test": prompts}, notes).
+        ([train, dev, test], {split: prompts}, notes).
 
     Raises:
         ValueError: max_length is more than the model has, or the model names no end of text.
@@ -416,7 +419,7 @@ def encode_splits(name, splits, tokenizer, config, folder, max_length):
     max_length = max_length or min(TASKS[name].length, limit)
     if max_length > limit:
         raise ValueError(f"--max-length is {max_length}, the model has {limit} positions")
-    if not config.eos_token_ids:
+    if not config.eos_token_ids and TASKS[name].columns:
         raise ValueError("the model's config.json has no eos_token_id: no text would ever end")
     form, specials = prompts.read_form(folder)
     ends = prompts.ends_of(tokenizer, config.eos_token_ids, specials)

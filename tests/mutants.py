@@ -316,7 +316,7 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     # --------------------------------------------------- settings.py, form.py, checkpoint.py: what is refused
     ("support/settings.py", "if args.delta_ratio and args.delta_start + 2 > steps:", "if args.delta_ratio and args.delta_start + 1 > steps:", "Delta-LoRA that never moves W is let in", f"{SETTINGS}::test_delta_lora_that_never_moves_a_weight_is_refused"),
     ("support/settings.py", "if useless and not has:", "if useless and has:", "what has an effect is refused", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
-    ('support/settings.py', '("every", a.allocate != "static",', '("every", True,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
+    ('support/settings.py', '("every", a.allocate not in ("none", "static"),', '("every", True,', "an interval beside a static choice", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "a.lr * a.weight_decay >= 1,", "a.lr * a.weight_decay > 10,", "a decay that erases is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "a.delta_ratio == -1,", "False,", "a lambda that undoes LoRA is let in", f"{SETTINGS}::test_what_would_do_nothing_is_refused"),
     ("support/settings.py", "math.ceil(batches / args.accumulate)", "math.ceil(batches // args.accumulate)", "steps of an epoch rounded down", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
@@ -520,6 +520,16 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/run_folder.py", '"+changes" * bool(changed)', '""', "a line's commit is of other code", f"{DOORS}::test_a_run_says_its_commit_and_what_is_not_in_it"),
     ("tools/compare.py", "places[-1] - places[0] >= len(places)", "False", "a best rate has neighbours that were not tried", f"{COMPARE}::test_bad_studies_are_one_line"),
     ("tools/compare_report.py", "if abs(found.mean() - told) > 1e-6:", "if False:", "a table and a difference tell of other predictions", f"{COMPARE}::test_report_needs_nothing_but_the_lines"),
+    ("support/tasks.py", "classes = name in glue.TASKS and splits[0]", "classes = name in glue.TASKS", "no class is counted in a split that is not there", "test_glue.py::test_train_records_of_one_label_alone_are_refused"),
+    ("support/evaluation.py", "if None in by_index.values():", "if False:", "NaN is class 0", "test_evaluation.py::test_outputs_that_are_not_finite_are_no_predictions"),
+    ("support/evaluation.py", "if not math.isfinite(loss):", "if False:", "a perplexity of NaN", "test_evaluation.py::test_outputs_that_are_not_finite_are_no_predictions"),
+    ("support/glue.py", "    tokenizer.no_padding()", "    pass", "what a tokenizer pads is attended to", "test_glue.py::test_encode_truncates_the_longer_text_first_and_leaves_the_tokenizer"),
+    ("support/glue.py", "        if truncation:\n", "        if False:\n", "a tokenizer loses its truncation", "test_glue.py::test_encode_truncates_the_longer_text_first_and_leaves_the_tokenizer"),
+    ("support/doors.py", "if not (labels[:, 1:] != -100).any():", "if False:", "a batch without a token to predict", f"{DOORS}::test_batches_at_the_edge_of_what_is_allowed"),
+    ("support/generation.py", "if mask.shape != input_ids.shape:", "if False:", "a mask of other prompts", "test_generation.py::test_what_is_refused"),
+    ("support/run_folder.py", "    refuse_filled(folder)  # before", "    pass  # before", "a lock in a folder that is refused", f"{TRAIN}::test_folders_that_are_not_runs"),
+    ("support/texts.py", "header.count(c) > 1", "header.count(c) > 2", "of two columns of one name the last", "test_texts.py::test_broken_files_are_refused_in_one_line"),
+    ("support/settings.py", "== len(plan.costs)", "== 0", "nothing is said where rounding keeps all", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
 ]
 # fmt: on
 

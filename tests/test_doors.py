@@ -19,7 +19,7 @@ import proxies
 import tiny
 import train
 from delta_lora import DeltaLoRA
-from model import load_pretrained
+from model import Transformer, load_pretrained
 from support import checkpoint, glue, run_folder
 from support.flags import parse_flags
 from support.form import Maybe, count, misfit
@@ -478,7 +478,7 @@ def test_a_run_says_its_commit_and_what_is_not_in_it(tmp_path, monkeypatch):
 def test_a_run_needs_no_git(tmp_path, monkeypatch):
     """A git that knows the commit; one that stands outside a repository; none."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    clean = '[ "$3" = status ] || echo c0ffee'
+    clean = 'case "$*" in *status*) ;; *) echo c0ffee ;; esac'
     for script, said in ((clean, "c0ffee"), ("echo no >&2; exit 128", None), (None, None)):
         program = tmp_path / "git"
         if script:
@@ -497,6 +497,17 @@ def test_control_characters_of_a_file_reach_no_terminal(tmp_path, capsys):
     assert train.main([*words, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error[:-1].isprintable() and "no column" in error
+
+
+def test_a_model_that_no_device_holds_is_one_line(monkeypatch, capsys):
+    def full(_model, _device):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(Transformer, "to", full)
+    assert train.main(["--dry-run", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "the model does not fit on cpu (CUDA out of memory. Tried" in error
+    assert error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------- Python entry points
@@ -534,6 +545,12 @@ def with_value(name, value):
         (with_value("labels", -100), "batch 1 has labels -100 to ., allowed: 0 to 2"),
         (with_value("input_ids", 90), "batch 1 has input_ids . to 90, allowed: 0 to 89"),
         (lambda b: [{k: v.to("meta") for k, v in b[0].items()}], "batch 0 is on meta, the model"),
+        (with_value("token_type_ids", 2), "batch 1 has token_type_ids 0 to 2, allowed: 0 to 1"),
+        (lambda b: [b[0] | {"labels": b[0]["labels"].double()}], "batch 0 has labels in .*float64"),
+        (
+            lambda b: [b[0] | {"attention_mask": b[0]["attention_mask"][:, 1:]}],
+            r"batch 0 has input_ids \(\d, \d+\), attention_mask \(\d, \d+\): not alike",
+        ),
     ],
 )
 def test_batches_without_a_score(change, message):
@@ -546,7 +563,11 @@ def test_batches_at_the_edge_of_what_is_allowed():
     assert scores_of(with_value("labels", 2))
     assert scores_of(with_value("input_ids", 89))
     model = tiny.adapted("gpt2", head="lm")
-    assert proxies.score("grad_norm", model, [tiny.batch(model.config)])
+    batch = tiny.batch(model.config)
+    assert proxies.score("grad_norm", model, [batch])
+    batch["labels"][:, 1:] = -100  # the first token of a text is never predicted
+    with pytest.raises(ValueError, match="batch 0 has no token to predict"):
+        proxies.score("grad_norm", model, [batch])
     model = tiny.adapted("bert", num_labels=1)
     assert proxies.score("grad_norm", model, (tiny.batch(model.config),))
 

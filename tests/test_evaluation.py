@@ -8,6 +8,7 @@ import torch
 import lora
 import tiny
 from support import evaluation, glue, texts
+from support.run import CannotGoOn
 
 
 def examples_of(model, n=70):
@@ -62,6 +63,26 @@ def test_predictions_are_those_of_each_example_alone_without_dropout(task, label
     assert found == pytest.approx(expected, abs=1e-12)
     assert model.training is training and model.layers[0].training is training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "e2e"])
+def test_outputs_that_are_not_finite_are_no_predictions(task):
+    """argmax of NaN would be a class; and every module is back in its own mode afterwards."""
+    family, how = ("gpt2", {"head": "lm"}) if task == "e2e" else ("bert", {"num_labels": 1})
+    if task == "mrpc":
+        how = {"num_labels": 2}
+    model, task = tiny.adapted(family, **how).train(), {**glue.TASKS, **texts.TASKS}[task]
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    examples = examples_of(model)
+    for example in examples if task.head == "lm" else []:
+        example["label"] = example["input_ids"]
+    assert evaluation.evaluate(model, task, examples)
+    with torch.no_grad():
+        model.layers[1].attn_norm.bias[0] = float("inf")
+    with pytest.raises(CannotGoOn, match=r"is not a finite number|loss of the model is nan"):
+        evaluation.evaluate(model, task, examples)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_metrics_count_what_was_predicted():

@@ -207,7 +207,10 @@ def test_the_model_is_left_as_it_was():
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 32}, "9 tokens of prompt and 32 new ones are more than the 40"),
-        ({"attention_mask": torch.tensor([[0, 1]])}, "pads on the right"),
+        ({"attention_mask": torch.ones(3, 9).cumsum(1) > 1}, "pads on the right"),
+        ({"attention_mask": torch.tensor([[1, 1]])}, r"attention_mask is \(1, 2\), input_ids"),
+        ({"input_ids": torch.tensor([5, 6])}, r"input_ids is \(2,\), expected \(b, t\)"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "with a token at least"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": 1e-46}, "temperature is 1e-46, allowed: 0 "),  # 0 in float32
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
@@ -222,7 +225,7 @@ def test_the_model_is_left_as_it_was():
 def test_what_is_refused(how, message):
     m, ids, _ = problem("llama")
     with pytest.raises(ValueError, match=message):
-        m.generate(ids, **{"max_new_tokens": 3, **how})
+        m.generate(**{"input_ids": ids, "max_new_tokens": 3, **how})
 
 
 def test_a_classifier_does_not_write():
@@ -319,8 +322,12 @@ def test_the_form_of_a_folder(tmp_path):
     assert prompting.read_form(tmp_path)[0] is None
     for wrong in {"id": 1}, 5:
         path.write_text(json.dumps({"bos_token": wrong}))
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token is .*, no token"):
+        with pytest.raises(ValueError, match=r"bos_token is .*, no token"):
             prompting.read_form(tmp_path)
+    path.write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8: byte 0"):
+        prompting.read_form(tmp_path)
 
 
 SQUARE = ("condlora", "cora", "cora_trained")  # they need q, k, v that are, or of one size

@@ -56,7 +56,7 @@ def interleaved(tensor, heads):
     return result
 
 
-def write_gguf(path, m, tokens=None, quantised=(), extra=(), **metadata):
+def write_gguf(path, m, tokens=None, quantised=(), extra=(), merges=("t h", "Ġ a"), **metadata):
     """Write a tiny.model as llama.cpp's converter does."""
     c = m.config
     writer = gguf.GGUFWriter(path, c.family)
@@ -78,7 +78,7 @@ def write_gguf(path, m, tokens=None, quantised=(), extra=(), **metadata):
     tokens = [*tokens, *(f"x{i}" for i in range(90 - len(tokens)))]
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, 3] + [1] * 86)
-    writer.add_token_merges(["t h", "Ġ a"])
+    writer.add_token_merges(list(merges))
     writer.add_eos_token_id(3)
     writer.add_bos_token_id(2)
     writer.add_pad_token_id(1)
@@ -220,6 +220,9 @@ def test_damaged_files_are_one_line(tmp_path):
         extra=[("blk.0.ffn_gate_inp.weight", numpy.zeros((2, 2), numpy.float32))],
     )
     with pytest.raises(ValueError, match=r"unknown tensors: blk.0.ffn_gate_inp.weight"):
+        download.model_folder(str(path))
+    with pytest.raises(ValueError, match="Token `zz` out of vocabulary"):
+        write_gguf(path, tiny.model("llama", head="lm"), merges=["t zz"])
         download.model_folder(str(path))
     whole = path.read_bytes()
     for content in (b"", b"GGUF", b"not a file of that kind" * 9, whole[:3000], whole[:-5000]):

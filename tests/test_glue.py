@@ -151,6 +151,11 @@ def test_encode_truncates_the_longer_text_first_and_leaves_the_tokenizer(tmp_pat
     assert alone[0]["label"] == 2 and len(alone[0]["input_ids"]) == 4
     empty, _ = glue.encode([(("", ""), 0)], t, 9)
     assert len(empty[0]["input_ids"]) == 3
+    t.enable_truncation(5)
+    t.enable_padding(length=20)
+    before = t.truncation, t.padding
+    padded, _ = glue.encode([(("a b c d e f",), 2)], t, 9)
+    assert len(padded[0]["input_ids"]) == 8 and (t.truncation, t.padding) == before
 
 
 def examples(lengths):
@@ -321,6 +326,8 @@ def test_train_records_of_one_label_alone_are_refused(tmp_path):
         tasks.encode("mrpc", (rows, rows, None), *words, **sizes, train_records=2)
     (found, *_), _ = tasks.encode("mrpc", (rows, rows, None), *words, **sizes, train_records=3)
     assert len(found) == 3
+    (found, dev, *_), _ = tasks.encode("mrpc", (None, rows, None), *words, **sizes, train_records=3)
+    assert found is None and len(dev) == 3  # --eval-only of such a run
 
 
 def test_qqp_with_many_short_rows_is_refused(tmp_path):

@@ -290,7 +290,7 @@ def test_the_suggested_baseline_runs_and_spends_the_same(flags, tmp_path, capsys
         ("--per-rank yes --budget-params 263", "less than one rank in each of 11 modules needs"),
         ("--when-off frozen --allocate static", "--when-off frozen needs --allocate dynamic"),
         ("--when-off in", "'in' is not one of out, frozen"),
-        ("--rank apart", "--rank is now --ranking"),
+        ("--rank apart", "a module's rank is --r, and --ranking says"),
         ("--proxy grad-norm", "did you mean 'grad_norm'"),
         ("--targets none --shortcuts none", "--r needs --targets or --shortcuts"),
         ("--shortcuts some", "'some' is not one of none, residual, cross, all"),

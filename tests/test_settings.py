@@ -195,7 +195,7 @@ ALORA, ADALORA = (f"--r 2 --shortcuts none --allocate {name}" for name in ("alor
         (f"{LORA} --batch-size 31", f"{LORA} --batch-size 30", "--batch-size 31: .* has 30"),
         (f"{LORA} --accumulate 6", f"{LORA} --accumulate 5", "6 batches, one step each epoch"),
         (f"{LORA} --warmup 12", f"{LORA} --warmup 11", r"12 steps: .* ends at 0.00092, not 0.001"),
-        (f"{LORA} --lr 1e-8", f"{LORA} --lr 1e-6", r"in 12 steps no .* further than 1e-07"),
+        (f"{LORA} --lr 1e-8", f"{LORA} --lr 1e-6", r"times 12 steps is 1e-07: hardly anything"),
         (f"{LORA} --weight-decay 100", f"{LORA} --weight-decay 99", "each step takes 10% off"),
         (f"{LORA} --clip 3e-7", f"{LORA} --clip 3.2e-7", "over 1,000 parameters"),
         (f"{LORA} --log-every 13", f"{LORA} --log-every 12", "the run has 12 steps, no train"),
@@ -212,6 +212,11 @@ ALORA, ADALORA = (f"--r 2 --shortcuts none --allocate {name}" for name in ("alor
         ("--r 2 --score-batches 7", "--r 2 --score-batches 6", "35 examples: .* has 30, all"),
         ("--r 2 --keep 1", "--r 2 --keep 0.9", "all 17 modules fit, grad_norm chooses"),
         ("--r 2 --budget-params 816", "--r 2 --budget-params 815", "all 17 modules fit"),
+        (  # shortcuts are rounded: 0.95 of 6 is 6, of 11 it is 10
+            "--r 2 --targets none --shortcuts residual --keep 0.95",
+            "--r 2 --targets none --shortcuts all --keep 0.95",
+            "all 6 modules fit, grad_norm chooses",
+        ),
         (
             "--r 2 --epochs 1 --every 1",
             "--r 2 --epochs 2 --every 1",

@@ -125,6 +125,7 @@ BROKEN = [  # task, {file: content}, what is said
     ("describe", {"train.jsonl": b"\xff"}, r"train.jsonl is not UTF-8: byte 0"),
     ("e2e", {"trainset.csv": "mr,text\na,b\n"}, r"trainset.csv:1: no column 'ref' .* mr, text"),
     ("e2e", {"trainset.csv": ""}, r"trainset.csv:1: no column 'mr' in the header"),
+    ("e2e", {"trainset.csv": "mr,ref,ref\na,b,c\n"}, "column 'ref' is there twice in the header"),
     ("e2e", {"trainset.csv": "mr,ref\n"}, r"trainset.csv has no records"),
     ("e2e", {"trainset.csv": "mr,ref\na,b,c\n"}, r"trainset.csv:2: 3 columns, expected 2"),
     ("e2e", {"trainset.csv": 'mr,ref\na,"b"c\n'}, r"trainset.csv:2: "),

@@ -558,6 +558,10 @@ def test_folders_that_are_not_runs(flags, tmp_path, capsys):
     train.main([*flags, "--out", str(out)])
     assert train.main([*flags, "--out", str(out)]) == 2
     assert "is not empty: give another --out" in capsys.readouterr().err
+    (other := tmp_path / "other").mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert train.main([*flags, "--out", str(other)]) == 2
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]  # and no lock
 
 
 def test_importing_is_silent():
