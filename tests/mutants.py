@@ -530,6 +530,10 @@ MUTANTS = [  # (file, old, new, what is wrong, tests)
     ("support/run_folder.py", "    refuse_filled(folder)  # before", "    pass  # before", "a lock in a folder that is refused", f"{TRAIN}::test_folders_that_are_not_runs"),
     ("support/texts.py", "header.count(c) > 1", "header.count(c) > 2", "of two columns of one name the last", "test_texts.py::test_broken_files_are_refused_in_one_line"),
     ("support/settings.py", "== len(plan.costs)", "== 0", "nothing is said where rounding keeps all", f"{SETTINGS}::test_what_the_sizes_cut_short_is_said"),
+    ("tools/peft/commands.py", "    if extra:\n", "    if False:\n", "what comes in does not load again", "test_peft.py::test_what_comes_in_loads_again_or_is_refused"),
+    ("tools/peft/config.py", "(whole or not only or", "(not only or", "layers_to_transform is asked of a full path", "test_peft.py::test_what_comes_in_loads_again_or_is_refused"),
+    ("tools/ablation.py", '{"data": settings["data"], **record["settings"]}', '{**record["settings"], "data": settings["data"]}', "importance of one data set beside scores of another", "test_ablation.py::test_an_interrupted_run_goes_on_and_repeats_nothing"),
+    ("tools/oracle/check.py", "got.is_complex()", "False", "an imaginary part is no error", "test_oracle.py::test_odd_results_are_failures_and_not_the_end_of_the_table"),
 ]
 # fmt: on
 

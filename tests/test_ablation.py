@@ -5,6 +5,7 @@ Also: that nothing is lost, or measured twice.
 
 import copy
 import json
+import pathlib
 import random
 import types
 
@@ -242,6 +243,19 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(command, tmp_path, monke
     error = capsys.readouterr().err
     assert "with score_batches 2, asked for is 1: give another --out" in error
     assert content(path) == reference
+    other = tmp_path / "other"
+    other.mkdir()
+    folder = pathlib.Path(command[command.index("--data-dir") + 1])
+    for name in ("train", "dev"):
+        lines = (folder / f"{name}.tsv").read_text().splitlines()
+        (other / f"{name}.tsv").write_text("\n".join([*lines[:-1], lines[1]]) + "\n")
+    assert ablation.main([*command, "--data-dir", str(other)]) == 2
+    assert "was measured on other data or weights" in capsys.readouterr().err
+    assert content(path) == reference
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(record["settings"].pop("data") for record in old)  # as lines were before
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    assert ablation.main(command) == 0
 
 
 @pytest.mark.parametrize(
@@ -368,7 +382,9 @@ def test_chance_has_the_variance_of_one_permutation_in_all_seeds(results):
     assert np.std([r for r, _ in found]) == pytest.approx(((1 + 1 / 3) / 2 / 7) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("change", ["not JSON", "repeat", "one score less", "space", "empty"])
+@pytest.mark.parametrize(
+    "change", ["not JSON", "repeat", "one score less", "space", "empty", "other modules"]
+)
 def test_a_damaged_file_is_one_line(results, capsys, change):
     lines = results.read_text().splitlines()[:2]
     if change == "one score less":
@@ -377,6 +393,11 @@ def test_a_damaged_file_is_one_line(results, capsys, change):
         lines[1] = json.dumps(record)
     elif change == "space":
         lines[1] = json.dumps({**json.loads(lines[1]), "space": []})
+    elif change == "other modules":
+        record = json.loads(lines[1])
+        for scores in (record["importance"], *record["scores"].values()):
+            scores["layers.9.q_proj"] = scores.pop(next(iter(scores)))
+        lines[1] = json.dumps(record)
     elif change == "empty":
         lines = []
     else:

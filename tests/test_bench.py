@@ -73,6 +73,13 @@ def test_a_task_of_another_head_than_the_benchmarks_is_one_line(tmp_path):
         training.minilm_batches("mnli", tmp_path, None)
 
 
+def test_less_work_than_is_divided_by_is_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\t0\nc\td\t1\n")
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\t0\nc\td\t1\n")
+    with pytest.raises(ValueError, match="wnli has 2 training examples, this benchmark needs 320"):
+        training.minilm_batches("wnli", tmp_path, None)
+
+
 def test_all_relatives_are_measured_beside_plain_lora():
     """Every method of METHODS is an arm of the study that the benchmark reads, LoRA the first."""
     commands = relatives.settings()

@@ -272,6 +272,16 @@ def test_a_run_writes(run, capsys):
     assert len(set(said.values())) > 2
 
 
+def test_a_run_that_classifies_writes_nothing(run, capsys):
+    folder, _ = run
+    about = json.loads((folder / "config.json").read_text())
+    about["flags"]["task"] = "mrpc"
+    (folder / "config.json").write_text(json.dumps(about))
+    assert program.main(["--run", str(folder), "ab", "--max-new-tokens", "2"]) == 2
+    assert "was trained on mrpc, to classify, and writes no text" in capsys.readouterr().err
+    assert program.main(["--run", str(folder), "ab", "--max-new-tokens", "2", "--no-adapter"]) == 0
+
+
 def argparse_like(folder):
     import types
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -434,6 +435,50 @@ def test_nonsense_is_refused_in_one_line(tmp_path, capsys):
         assert main(["check", str(tmp_path), "--candidate", str(own)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+ODD = """
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+
+@dataclasses.dataclass
+class Setting:
+    scale: float
+
+
+def keep_top(scores, **_):
+    return [[name] for name in scores]
+
+
+def alora_exchange(**_):
+    return {"pruned": np.array(["a", "b", "c", "d"]), "ranks": np.ones(3)}
+
+
+def merge(weight, **_):
+    return weight + 1j
+
+
+def lora_forward(x, **_):
+    import neighbour
+
+    return neighbour.zeros(x).to("meta")
+"""
+
+
+def test_odd_results_are_failures_and_not_the_end_of_the_table(tmp_path, capsys):
+    """Lists of lists, arrays, complex numbers, another device; a dataclass, an import at work."""
+    path = tmp_path / "mine.py"
+    path.write_text(ODD)
+    (tmp_path / "neighbour.py").write_text("zeros = lambda x: x * 0\n")
+    assert main(["check", "--candidate", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "complex, not real" in out and "No module named" not in out
+    assert re.search(r"^0 pass, \d+ fail, \d+ not offered$", out, re.M)
 
 
 def test_a_candidate_that_ends_the_program_has_not_passed(tmp_path, capsys):

@@ -167,6 +167,42 @@ def test_a_language_models_adapter_comes_back_through_the_command(tmp_path, caps
     assert tool.main(["inspect", str(folder), "--model", str(base)]) == 0
 
 
+def test_what_comes_in_loads_again_or_is_refused(tmp_path, capsys):
+    """A head that the folder lacks is stored as drawn, and said; one that the base has is none."""
+    base = tiny.bert_folder(tmp_path / "model")
+    task = tiny.task_folder(tmp_path / "task")
+    given = ["--model", str(base), "--task", "mrpc", "--data-dir", str(task)]
+    adapted = tiny.adapted("bert", targets=("q_proj",), dtype=torch.float32, num_layers=2)
+    pairs, folder = pairs_of(adapted), tmp_path / "adapter"
+    head = {f"classifier.{n}": p.detach() for n, p in adapted.classifier.named_parameters()}
+    writing.write_peft(folder, *writing.peft_files(pairs, head, "bert", "base"))
+    assert tool.main(["import", str(folder), str(tmp_path / "whole"), *given[:2]]) == 0
+    assert "stored as drawn" not in capsys.readouterr().out
+    change_config(folder, layers_to_transform=[1])  # PEFT does not ask it of a full path
+    assert tool.main(["inspect", str(folder), "--model", str(base)]) == 0
+    change_config(folder, layers_to_transform=None)
+    change_tensors(folder, lambda t: [t.pop(n) for n in [*t] if "classifier" in n])
+    change_config(folder, modules_to_save=None)
+    capsys.readouterr()
+    assert tool.main(["import", str(folder), str(tmp_path / "drawn"), *given[:2]]) == 0
+    said = capsys.readouterr().out
+    assert "not in the folder, stored as drawn: classifier.bias, classifier.weight" in said
+    for name in ("whole", "drawn"):
+        fresh, _ = load_pretrained(str(base), num_labels=3 if name == "whole" else 2)
+        assert len(lora.load_adapter(fresh, tmp_path / name)) == len(pairs)
+
+    def with_pooler(t):
+        t["base_model.model.bert.pooler.dense.weight"] = torch.ones(12, 12)
+        t["base_model.model.bert.pooler.dense.bias"] = torch.ones(12)
+        t |= {"base_model.model.classifier.weight": torch.ones(2, 12)}
+        t |= {"base_model.model.classifier.bias": torch.ones(2)}
+
+    change_tensors(folder, with_pooler)
+    change_config(folder, modules_to_save=["classifier", "pooler"])
+    assert tool.main(["import", str(folder), str(tmp_path / "pooler"), *given]) == 2
+    assert "brings pooler.bias, which" in capsys.readouterr().err
+
+
 def test_the_base_of_an_export_is_named_as_what_it_is(tmp_path, monkeypatch):
     """smollm2-q4 is on no hub: its weights are not SmolLM2's, and no id stands for them."""
     base = llama_folder(tmp_path / "m", tiny.model("llama", head="lm"))
@@ -317,7 +353,10 @@ def test_tensors_that_disagree_with_the_config(folder, model, change, message, c
         ({"rank_pattern": {}}, "rank 3 by the config, lora_A \\(1, 12\\)"),
         ({"target_modules": ["query"]}, "intermediate.dense has tensors and is not in target"),
         ({"exclude_modules": ["query"]}, "query has tensors and is in exclude_modules"),
-        ({"layers_to_transform": [1]}, "0.* has tensors and is not in layers_to_transform"),
+        (
+            {"target_modules": ["query", "intermediate.dense"], "layers_to_transform": [1]},
+            "0.* has tensors and is not in layers_to_transform",
+        ),
         ({"target_modules": ["query", "intermediate.dense", "typo"]}, "'typo' has no tensors"),
     ],
 )

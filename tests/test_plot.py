@@ -181,6 +181,13 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, change, message, capsys):
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_picture_is_a_png(tmp_path, capsys):
+    """Another name would get .png behind it, and the wrong one be printed."""
+    made_up_run(tmp_path)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "picture")]) == 2
+    assert "picture, expected a name that ends in .png" in capsys.readouterr().err
+
+
 def test_a_block_has_its_ten_places(tmp_path, monkeypatch):
     """Each is drawn in both blocks, and nothing lies on anything else."""
     drawn, draw = [], plot_block.box

@@ -50,6 +50,13 @@ def test_the_fit_is_the_minimum_of_its_loss():
     assert abs(changes.item() + grid[j] / grid[i]) < 0.1
 
 
+def test_what_no_memory_holds_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(words_alone, "MOST", 1e6)
+    assert words_alone.main([]) == 2
+    error = capsys.readouterr().err
+    assert "examples of " in error and "allowed: 0: give a smaller task" in error
+
+
 def test_command_line(capsys):
     assert words_alone.main(["--task", "sst2", "--data-dir", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("tools.words_alone: ")

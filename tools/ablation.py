@@ -43,6 +43,7 @@ that is switched off after training is missed by the others, which were trained 
 
 import contextlib
 import json
+import math
 import os
 import random
 import sys
@@ -61,6 +62,7 @@ import lora
 import proxies
 import train
 from support import flags, glue, run_folder
+from support import run as runs
 from support.errors import one_line
 from support.form import count, finite, misfit
 from tools import compare_report
@@ -248,6 +250,8 @@ def measure(run, moment, groups, steps, tick):
         loss, importance = fall_when_trained(run, groups, steps, tick)
     else:
         loss, importance = rise_when_off(run, batches_by_length(run, run.dev), tick)
+    if not all(map(math.isfinite, (loss, *importance.values()))):
+        raise train.CannotGoOn(f"a loss at the {moment} is not a number")
     seconds = {"scores": scored - started, "importance": time.monotonic() - scored}
     return {"scores": scores, "importance": importance, "loss": loss, "seconds": seconds}
 
@@ -293,12 +297,19 @@ def measure_all(args):
     settings |= {"training": TRAINING}
     versions = run_folder.versions()  # of the code that runs, whatever becomes of the checkout
     first = {space: prepare(args, space, args.seeds[0]) for space in args.spaces}
+    settings["data"] = runs.fingerprints(first[args.spaces[0]], sharded=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves nothing behind
     with run_folder.locked_file(args.out) as file:
         records = cut_torn_line(file, args.out)
         for record in records.values():
-            before = record["settings"]
+            # A line without "data" is of a version that did not write it: taken as alike.
+            before = {"data": settings["data"], **record["settings"]}
             name = next((n for n in before | settings if before.get(n) != settings.get(n)), None)
+            if name == "data":
+                raise ValueError(
+                    f"{args.out} was measured on other data or weights: bring them back, or give "
+                    "another --out"
+                )
             if name:
                 raise ValueError(
                     f"{args.out} was measured with {name} {before.get(name)!r}, asked for is "
@@ -380,6 +391,10 @@ def parse(content, path):
         if wrong:
             raise ValueError(f"{path}:{number} is no line of this tool's results: {wrong}")
         key = record["space"], record["seed"], record["moment"]
+        for other in records.values():
+            same = other["importance"].keys() == modules
+            if other["space"] == record["space"] and not same:
+                raise ValueError(f"{path}:{number} has other modules than a line before it")
         if key in records:
             raise ValueError(f"{path}:{number} repeats {key}: remove one of the two lines")
         records[key] = record
@@ -543,7 +558,7 @@ def conditions(records):
         for v in (record["versions"] for record in records.values())
     )
     settings = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+        ", ".join(f"{name} {value}" for name, value in record["settings"].items() if name != "data")
         for record in records.values()
     )
     return [*lines, "", *versions, *settings]

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from support import checkpoint, glue, run_folder
 from support.errors import one_line
-from support.flags import Parser
+from support.flags import Parser, number
 
 METHODS = {
     "lora": "--preset lora --dropout 0.1",
@@ -324,13 +324,15 @@ def main(argv=None):
     if words[:1] == ["--worker"]:
         return worker(*words[1:])
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per method (default: 20)")
+    parser.add_argument(
+        "--kills", type=number(int, 0), default=20, help="SIGKILLs per method (default: 20)"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--model", default="minilm", help="as of train.py (default: minilm)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     try:
         args = parser.parse_args(argv)
-        names = args.methods.split(",")
+        names = list(dict.fromkeys(args.methods.split(",")))
         unknown = [name for name in names if name not in METHODS]
         if unknown:
             raise ValueError(f"--methods {', '.join(unknown)}: allowed: {', '.join(METHODS)}")
@@ -341,10 +343,11 @@ def main(argv=None):
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         task = small_task(Path(folder) / "task")
-        common = f"--task mrpc --data-dir {task} --model {args.model} --epochs 3 --r 2 --device cpu"
+        common = ["--task", "mrpc", "--data-dir", str(task), "--model", args.model]
+        common += ["--epochs", "3", "--r", "2", "--device", "cpu", "--batch-size", "8"]
         for name in names:
             (work := Path(folder) / name).mkdir()
-            flags = [*METHODS[name].split(), *common.split(), "--batch-size", "8"]
+            flags = [*METHODS[name].split(), *common]
             try:
                 bad += method(name, work, flags, args.kills, rng)
                 (work / "torchrun").mkdir()

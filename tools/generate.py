@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from relatives import METHODS  # noqa: E402
-from support import download, generation, prompts, run_folder, seeds, texts  # noqa: E402
+from support import download, generation, glue, prompts, run_folder, seeds, texts  # noqa: E402
 from support.errors import one_line  # noqa: E402
 from support.flags import Parser  # noqa: E402
 
@@ -34,6 +34,12 @@ def load(args):
     name = flags.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{args.run}/config.json names no model: not a run of train.py")
+    task = flags.get("task")
+    if args.run and not args.no_adapter and task in glue.TASKS:
+        raise ValueError(
+            f"{args.run} was trained on {task}, to classify, and writes no text: --no-adapter asks "
+            "its model alone"
+        )
     how = {key: flags[key] for key in ("shortcut_norm", "base_dtype") if key in flags}
     model, tokenizer = load_pretrained(name, head="lm", **how)
     if args.run and not args.no_adapter:
@@ -41,7 +47,7 @@ def load(args):
         lora.load_adapter(model, args.run, adapter=kind)
     form, specials = prompts.read_form(download.model_folder(name))
     ends = prompts.ends_of(tokenizer, model.config.eos_token_ids, specials)
-    return model.eval(), tokenizer, form, ends, str(flags.get("task"))
+    return model.eval(), tokenizer, form, ends, str(task)
 
 
 def ids_of(args, tokenizer, form, ends, task):

@@ -138,7 +138,10 @@ def weight_changes(folder):
     """
     lines = [line for line in run_folder.read_log(folder) if "weight_change" in line]
     if not lines:
-        raise ValueError(f"{folder}/metrics.jsonl has no train line with a weight_change")
+        raise ValueError(
+            f"{folder}/metrics.jsonl has no train line with a weight_change: train with a smaller "
+            "--log-every"
+        )
     modules = lines[0]["weight_change"]
     return [line["step"] for line in lines], {
         name: [line["weight_change"][name] for line in lines] for name in modules
@@ -254,6 +257,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="path of the PNG")
     try:
         args = parser.parse_args(argv)
+        if args.out and args.out.suffix != ".png":
+            raise ValueError(f"--out is {args.out}, expected a name that ends in .png")
         if args.what == "block":
             paths = [plot_block.picture(args.out or ROOT / "docs" / "block.png")]
         else:

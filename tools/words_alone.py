@@ -26,6 +26,7 @@ from support.errors import one_line
 from support.flags import Parser
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+MOST = 4e9  # bytes of a matrix
 
 
 def words(text):
@@ -33,7 +34,17 @@ def words(text):
 
 
 def features(examples, vocabulary):
-    """(texts, label) pairs -> (n, 3 + 2 v), float64; vocabulary: word -> 0 … v - 1."""
+    """(texts, label) pairs -> (n, 3 + 2 v), float64; vocabulary: word -> 0 … v - 1.
+
+    Raises:
+        ValueError: it would not fit into MOST bytes.
+    """
+    size = 8 * len(examples) * (3 + 2 * len(vocabulary))
+    if size > MOST:
+        raise ValueError(
+            f"{len(examples):,} examples of {len(vocabulary):,} words need {size / 1e9:.0f} GB, "
+            f"allowed: {MOST / 1e9:.0f}: give a smaller task"
+        )
     rows = torch.zeros(len(examples), 3 + 2 * len(vocabulary), dtype=torch.float64)
     for row, (texts, _) in zip(rows, examples, strict=True):
         a, b = words(texts[0]), words(texts[-1])
@@ -100,10 +111,10 @@ def main(argv=None):
         task = glue.TASKS[args.task]
         if task.num_labels != 2:
             raise ValueError(f"{args.task} does not have two classes")
+        predictions, penalty = classify(train, dev)
     except (ValueError, OSError) as error:
         print(f"tools.words_alone: {one_line(error, 600)}", file=sys.stderr)
         return 2
-    predictions, penalty = classify(train, dev)
     metrics = glue.metrics(task, predictions, [label for _, label in dev])
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(f"{shown} (penalty {penalty})")

@@ -199,8 +199,11 @@ def test_shortcuts_live_in_a_prepared_model(tmp_path, case):
     theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double()
     torch.testing.assert_close(logits(theirs, batch, "lm"), expected, rtol=0, atol=1e-10)
     assert (expected - before).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="q_proj is no place for a shortcut"):
-        prepare.prepare(fresh, ["model.layers.0.q_proj"])
+    for wrong in ("0.q_proj", "0.shortcut_ffn", "9.residual_1", "x.residual_1"):
+        with pytest.raises(ValueError, match="is no place for a shortcut in"):
+            prepare.prepare(fresh, [f"model.layers.{wrong}"])
+    with pytest.raises(ValueError, match="is no place for a shortcut in this model"):
+        prepare.prepare(fresh, ["bert.encoder.layer.0.residual_1"])
 
 
 def test_a_whole_run_goes_out_through_the_program(tmp_path):

@@ -99,7 +99,7 @@ def base(rounds, picture):
             f"| {dtype} | {rate:.0f} | {speed} | {held:.0f} | {statistics.median(peaks):.0f} |"
         )
     lines += ["", f"{MODEL}, {BATCH} rows of {TOKENS} tokens, {STEPS} steps a round, r 8 on q, v"]
-    lines.append(timing.conditions(rounds))
+    lines.append(timing.conditions(rounds, dtype="float32 and bfloat16"))
     pictures.bars(picture, shown, "speed, float32 = 1", 1.0)
     return lines
 
@@ -133,7 +133,7 @@ def shard(rounds, picture):
         cells = (timing.show(three, 0) for three in columns)
         lines.append(f"| {kind} | {' | '.join(cells)} | {timing.show(seconds)} |")
     lines += ["", f"a process of two on gloo; {MODEL}, {BATCH} rows of {TOKENS} tokens each"]
-    lines.append(timing.conditions(rounds))
+    lines.append(timing.conditions(rounds, how="", threads=1))
     pictures.bars(picture, shown, "MiB of a process at the peak of a step")
     return lines
 

@@ -97,13 +97,16 @@ def score(rounds, task, data_dir, picture):
 
 
 def decisions(argv):
-    """Train as the flags say; at each decision score with every count of COUNTS, choose by 32.
+    """Train at a constant rate, else as the flags say; at each decision score and choose.
+
+    Scored is with every count of COUNTS, chosen by 32.
 
     Returns:
         list of {count: share of S_32, "others": the share that the next 32 batches choose}.
     """
     run = train.set_up(flags.parse_flags(argv))
     args, found = run.args, []
+    timing.refuse_few(args.task, run.train, 2 * COUNTS[-1] * args.batch_size)
     examples, b = run.train[: 2 * COUNTS[-1] * args.batch_size], args.batch_size
     batches = [
         evaluation.batch_of(run.model, examples[i : i + b]) for i in range(0, len(examples), b)
@@ -142,7 +145,10 @@ def agreement(task, data_dir, seeds, picture):
         name = "the next 32" if n == "others" else str(n)
         shown[name] = (statistics.mean(shares), min(shares), max(shares))
         lines.append(f"| {name} | {statistics.mean(shares):.1%} | {min(shares):.0%} |")
-    lines += ["", f"{len(found)} decisions: seeds {seeds}, `train.py {rest}`, {task}"]
+    lines += [
+        "",
+        f"{len(found)} decisions: seeds {seeds}, `train.py {rest}` at a constant rate, {task}",
+    ]
     lines.append(f"torch {torch.__version__}; {time.monotonic() - started:.0f} s")
     pictures.bars(picture, shown, "share of what 32 batches choose", 0.95)
     return lines

@@ -77,10 +77,20 @@ def rates(seconds, default, amount, unit):
     return lines, ratios
 
 
-def conditions(rounds, *modules):
-    """The line under every table: rounds, versions, threads."""
+def refuse_few(task, examples, needed):
+    """Raises ValueError where a benchmark would do less work than it divides by."""
+    if len(examples) < needed:
+        raise ValueError(
+            f"{task} has {len(examples)} training examples, this benchmark needs {needed}: give "
+            "another --task or --data-dir"
+        )
+
+
+def conditions(rounds, *modules, how="interleaved, ", threads=None, dtype="float32"):
+    """The line under every table: rounds, versions, threads, by default of this process."""
+    threads = threads or torch.get_num_threads()
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, *modules))
     return (
-        f"{rounds} counted rounds, interleaved, medians (smallest … largest); {versions}; "
-        f"Python {platform.python_version()}; {torch.get_num_threads()} threads, float32, CPU"
+        f"{rounds} counted rounds, {how}medians (smallest … largest); {versions}; "
+        f"Python {platform.python_version()}; {threads} threads, {dtype}, CPU"
     )

@@ -1,7 +1,7 @@
 """The cases of the oracle: inputs at generic points, in words and symbols; no expected values.
 
-Every number is a multiple of 2^-12 below 4, drawn from a seeded integer generator: the same on
-every machine, and exact in float32.
+Every number of a tensor is a multiple of 2^-12 below 4, drawn from a seeded integer generator: the
+same on every machine, and exact in float32.
 
 A function of ours.py has its cases in one function here, whose name is in all_cases at the end.
 

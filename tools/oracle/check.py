@@ -20,6 +20,7 @@ import textwrap
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from support.errors import one_line
@@ -72,9 +73,11 @@ class Row:
 
 
 def plain(value):
-    """Tensors that carry a gradient, also in a list, without it."""
+    """Tensors, also in a list, without a gradient and on the CPU; an array as a list."""
     if torch.is_tensor(value):
-        return value.detach()
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -96,7 +99,10 @@ def error_of(got, expected, where="", enough=math.inf):
     if torch.is_tensor(expected) or isinstance(expected, (int, float)):
         expected = torch.as_tensor(expected, dtype=torch.float64)
         try:
-            got = torch.as_tensor(plain(got), dtype=torch.float64)
+            got = plain(got)
+            if torch.is_tensor(got) and got.is_complex():
+                return math.inf, f"{where or 'result'}: complex, not real"
+            got = torch.as_tensor(got, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             return math.inf, f"{where or 'result'}: {type(got).__name__}, no number or tensor"
         if got.shape != expected.shape:
@@ -115,7 +121,7 @@ def error_of(got, expected, where="", enough=math.inf):
         if expected and all(isinstance(v, (int, float)) for v in expected.values()):
             return error_of([got[k] for k in expected], list(expected.values()), where)
         pairs = [(k, got[k], v) for k, v in expected.items()]
-    elif isinstance(expected, list) and isinstance(got, (list, tuple)):
+    elif isinstance(expected, list) and isinstance(got, (list, tuple, np.ndarray)):
         if len(got) != len(expected):
             return math.inf, f"{where or 'result'}: {len(got)} items, not {len(expected)}"
         pairs = zip(range(len(got)), got, expected, strict=True)
@@ -181,7 +187,11 @@ def result_error(function, arguments, got, expected):
 
 def alike(row, wrong):
     """Whether the candidate's outcome and a wrong one, results or exceptions, are the same."""
-    got = row.outcome
+    return attempt(same_outcome, row, row.outcome, wrong) is True
+
+
+def same_outcome(row, got, wrong):
+    """As alike, of an outcome that can be compared; else it may raise anything."""
     if isinstance(got, Exception) or isinstance(wrong, Exception):
         return of_shapes(got) and of_shapes(wrong)
     if row.function in golden.CHOICES:  # names of equal score and cost are exchangeable
@@ -243,7 +253,10 @@ def judge(candidate, content, tensors, dtype):
         row.error, row.reason = (0.0, "") if right else (math.inf, told(row.outcome, candidate))
     else:
         arguments = row.arguments()
-        row.error, row.reason = result_error(row.function, arguments, row.outcome, expected)
+        judged = attempt(result_error, row.function, arguments, row.outcome, expected)
+        if isinstance(judged, Exception):  # of a result as nobody expects it
+            judged = (math.inf, f"a result that cannot be compared: {one_line(judged)}")
+        row.error, row.reason = judged
     row.verdict = "pass" if row.error <= row.tolerance else "FAIL"
     if row.verdict == "pass":
         row.reason = ""
@@ -337,14 +350,16 @@ def load_candidate(path):
     spec = importlib.util.spec_from_file_location("candidate", path)
     if spec is None or not Path(path).is_file():
         raise ValueError(f"the candidate {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))
+    module, folder = importlib.util.module_from_spec(spec), str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    sys.modules[spec.name] = module  # as a dataclass in it expects
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever somebody else's file does
         raise ValueError(f"the candidate {path} cannot be imported: {error!r}") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
+    sys.path.append(folder)  # for what its functions import; last, so that it hides nothing
     return module
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from model import load_pretrained
 from support import adapter_file, evaluation, glue, report
 from support.errors import one_line
+from support.run import CannotGoOn
 from tools.peft import reading, writing
 
 
@@ -18,9 +19,13 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
         folder, out: paths. model_name: as of train.py.
         task, data_dir: as of train.py; with a task, its metrics on the development set too.
 
+    A head that neither the folder nor the model has is stored as it is drawn, and said; not of a
+    causal model, whose OUT goes onto a language model.
+
     Raises:
-        ValueError, OSError: see reading.read; a task, and no head in the folder; OUT is not empty;
-            see glue.load_task.
+        ValueError, OSError: see reading.read; a task, and no whole head in the folder; a module of
+            its head that the model has, and does not train; outputs that are not finite; OUT is not
+            empty; see glue.load_task.
     """
     folder, out = Path(folder), Path(out)
     writing.refuse_filled(out)
@@ -32,13 +37,29 @@ def import_folder(folder, out, model_name, task=None, data_dir=None):
     labels = glue.TASKS[task].num_labels if task else reading.labels_of(head)
     model, tokenizer = load_pretrained(model_name, num_labels=labels)
     pairs, head = reading.read(folder, model)
+    of_head = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] in model.head}
+    extra, absent = sorted(head.keys() - of_head), sorted(of_head.keys() - head)
+    if extra:
+        raise ValueError(
+            f"{folder} brings {extra[0]}, which {model_name} has: an adapter file holds what is "
+            "trained alone"
+        )
+    if task and absent:
+        raise ValueError(f"{folder} lacks {absent[0]}: there is nothing to evaluate on {task}")
     layers = reading.put(model, pairs, head)
     total = sum(p.count() for p in pairs.values())
     found = f"{len(pairs)} modules, {total:,} parameters"
+    if absent and not model.config.causal:
+        found += f"\nnot in the folder, stored as drawn: {', '.join(absent)}"
+        head |= {name: of_head[name].detach() for name in absent}
     if task:
         _, dev = glue.load_task(task, data_dir)
         examples, _ = glue.encode(dev, tokenizer, min(128, model.config.max_positions))
-        found += "\n" + report.show(evaluation.evaluate(model, glue.TASKS[task], examples))
+        try:
+            metrics = evaluation.evaluate(model, glue.TASKS[task], examples)
+        except CannotGoOn as error:
+            raise ValueError(f"{folder} on {task}: {error}") from error
+        found += "\n" + report.show(metrics)
     out.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.{key}": t for n, a in layers.items() for key, t in a.factors().items()} | head
     about = {n: {"r": a.r, "scaling": a.scaling, "enabled": True} for n, a in layers.items()}

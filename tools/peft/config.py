@@ -187,8 +187,10 @@ def is_target(config, path):
     targets, only = config["target_modules"], config["layers_to_transform"]
     only = [only] if isinstance(only, int) else only
     index = re.search(r"\.(\d+)\.", path)
+    # As PEFT has it, a target by its full path is one in any layer.
+    whole = isinstance(targets, list) and path in targets
     return (
         (targets == "all-linear" or names(targets, path))
         and not names(config["exclude_modules"], path)
-        and (not only or index is None or int(index[1]) in only)
+        and (whole or not only or index is None or int(index[1]) in only)
     )

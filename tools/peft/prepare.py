@@ -38,6 +38,9 @@ def prepare(model, shortcut_names):
         stack = parent.rpartition(".")[0]
         if stack not in STACKS or place not in lora.RESIDUALS + lora.CROSS:
             raise ValueError(f"{path} is no place for a shortcut in {', '.join(STACKS)}")
+        layers = [name for name, _ in model.named_modules() if name.rpartition(".")[0] == stack]
+        if parent not in layers[place == "shortcut_ffn" :]:  # the first has none before it
+            raise ValueError(f"{path} is no place for a shortcut in this model")
         wanted.setdefault(parent, []).append(place)
     if not wanted:
         return model

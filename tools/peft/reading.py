@@ -23,6 +23,7 @@ import lora
 from model import Config, Transformer
 from relatives.dora import DoRA
 from support import download, hf_folder
+from support.errors import one_line
 from support.families import FAMILIES
 from tools.peft.config import is_target, names, pattern_value, read_config
 from tools.peft.writing import HEADS, ROOT, Pair, full_path
@@ -159,10 +160,17 @@ def labels_of(head):
 
 
 def shapes_of(name, num_labels):
-    """The model of that name (as of train.py) in shapes alone, on the "meta" device."""
+    """The model of that name (as of train.py) in shapes alone, on the "meta" device.
+
+    Raises:
+        ValueError: its config.json has sizes that no tensor can have.
+    """
     hf = hf_folder.read_config(download.model_folder(name))
-    with torch.device("meta"):
-        return Transformer(Config.from_hf(hf, num_labels=num_labels))
+    try:
+        with torch.device("meta"):
+            return Transformer(Config.from_hf(hf, num_labels=num_labels))
+    except (RuntimeError, TypeError) as error:  # of torch.empty
+        raise ValueError(f"{name}: no model has config.json's sizes: {one_line(error)}") from error
 
 
 def fit_head(config, head, model):
