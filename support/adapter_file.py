@@ -105,7 +105,7 @@ def refuse_kinds(path, about, kinds, linears):
         kind = described.get("kind", "lora")
         if kind not in kinds:
             raise ValueError(
-                f"{path} holds {shown(kind)}, which is no LoRA: give load_adapter the class, "
+                f"{path} holds {one_line(kind)}, which is no LoRA: give load_adapter the class, "
                 'relatives.METHODS["adapter"]'
             )
         if kind != "lora" and name.rpartition(".")[2] not in linears:

@@ -64,7 +64,12 @@ def needs(a):
         ("keep", allocates or a.allocate == "adalora", allocation),
         ("score_batches", allocates or a.allocate == "alora", allocation),
         ("budget_params per_rank proxy ranking", allocates, allocation),
-        ("when_off", allocates, "--allocate dynamic: else nothing that has learned goes off"),
+        ("when_off", allocates or not other, allocation),
+        (
+            "when_off",
+            a.allocate != "none",
+            "--allocate dynamic: else nothing that learned goes off",
+        ),
         ("every", a.allocate not in ("none", "static"), "--allocate dynamic: what chooses again"),
         (
             "score_batches",

@@ -90,7 +90,8 @@ def test_an_empty_text_without_any_token_is_refused():
         def enable_truncation(self, *args, **kwargs):
             pass
 
-        no_truncation = enable_truncation
+        no_truncation = no_padding = enable_truncation
+        truncation = padding = None
 
         def encode_batch(self, texts):
             ids = [[5] * len(text) for text in texts]
