@@ -255,8 +255,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, previous_ffn_input, key_mask, read=None, turned=None, cache=None):
-        """One block. R is a residual, the identity unless adapted; S a cross-layer shortcut, absent
-        unless adapted.
+        """One block. R: a residual, else the identity; S: a cross-layer shortcut, else absent.
 
         Args:
             x: (b, t, d), the residual stream.

@@ -9,6 +9,7 @@ import lora
 import tiny
 from support import evaluation, glue, texts
 from support.run import CannotGoOn
+from tools import compare
 
 
 def examples_of(model, n=70):
@@ -80,8 +81,11 @@ def test_outputs_that_are_not_finite_are_no_predictions(task):
     assert evaluation.evaluate(model, task, examples)
     with torch.no_grad():
         model.layers[1].attn_norm.bias[0] = float("inf")
-    with pytest.raises(CannotGoOn, match=r"is not a finite number|loss of the model is nan"):
+    with pytest.raises(
+        CannotGoOn, match=r"is not a finite number|loss of the model is nan"
+    ) as error:
         evaluation.evaluate(model, task, examples)
+    assert any(words in str(error.value) for words in compare.DIVERGED)  # a study knows it
     assert [module.training for module in model.modules()] == modes
 
 

@@ -50,7 +50,14 @@ from support.form import count, finite, misfit
 from tools import compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
-DIVERGED = ("the loss of step", " score of ", "a parameter that is not a number", "linalg.")
+DIVERGED = (
+    "the loss of step",
+    "the loss of the model",
+    "an output of the model",
+    " score of ",
+    "a parameter that is not a number",
+    "linalg.",
+)
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 3)]  # half a decade apart
 
 
